@@ -1,0 +1,16 @@
+.PHONY: format check test test-all
+
+format:
+	python -m ruff format src tests
+	python -m ruff check --fix src tests
+
+check:
+	python -m ruff format --check src tests
+	python -m ruff check src tests
+	python -m mypy
+
+test:
+	python -m pytest
+
+test-all:
+	python -m pytest -m "not gpu"

@@ -1,0 +1,101 @@
+"""Hosts: image -> tokens, block views, tokens -> logits. `adapt` finds the adapter by the host's class name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pkgutil import iter_modules
+
+import torch
+from torch import nn
+
+from evovit.backbones.base import Backbone, BackboneSpec, Block, Stage, run_dense
+from evovit.errors import EvoViTError
+
+__all__ = ["Backbone", "BackboneSpec", "Block", "Stage", "adapt", "adapter", "check_adapter", "list_hosts"]
+
+_ADAPTERS: dict[str, type[Backbone]] = {}
+
+
+def adapter(*host_classes: str) -> Callable[[type[Backbone]], type[Backbone]]:
+    """Register a `Backbone` for hosts by full class name (no import of the host's library)."""
+
+    def add(cls: type[Backbone]) -> type[Backbone]:
+        for name in host_classes:
+            if name in _ADAPTERS:
+                raise ValueError(f"{name} already has the adapter {_ADAPTERS[name].__name__}")
+            _ADAPTERS[name] = cls
+        return cls
+
+    return add
+
+
+def list_hosts() -> list[str]:
+    """Return the full class names of the hosts that have an adapter."""
+    return sorted(_ADAPTERS)
+
+
+def _find(host: type) -> type[Backbone]:
+    for cls in host.__mro__:
+        found = _ADAPTERS.get(f"{cls.__module__}.{cls.__qualname__}")
+        if found is not None:
+            return found
+    known = ", ".join(name.rsplit(".", 1)[1] for name in list_hosts())
+    raise EvoViTError(
+        f"{host.__module__}.{host.__qualname__} is not a supported host; supported are {known} (and their "
+        "subclasses). Pass one of these, or write an adapter (docs/adding_a_backbone.md)."
+    )
+
+
+def adapt(model: nn.Module) -> Backbone:
+    """Return the view of a host model; raises `EvoViTError` that lists the known hosts for any other class."""
+    return _find(type(model))(model)
+
+
+def check_adapter(model: nn.Module, tolerance: float = 1e-4) -> None:
+    """Prove that the views reproduce the host, or raise `EvoViTError` that says what differs.
+
+    Two guards: every part the host's blocks hold has a name the adapter knows (this sees a part that starts at
+    zero), and the runner with plain blocks gives the host's features and logits on random images. The second needs values, so a
+    host on the meta device passes the first guard only.
+
+    Args:
+        tolerance: largest difference allowed, relative to the largest value; for float16 and bfloat16 hosts not
+            below 0.05, which is their rounding.
+    """
+    backbone = adapt(model)
+    backbone.check_structure()
+    weight = next(model.parameters())
+    if weight.is_meta:
+        return
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        tolerance = max(tolerance, 0.05)
+    config = getattr(model, "pretrained_cfg", None) or {}
+    size = (
+        getattr(getattr(model, "patch_embed", None), "img_size", None)
+        or config.get("input_size", (3, 224, 224))[1:]
+    )
+    shape = (2, getattr(model, "in_chans", 3), *size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight)
+    training = {name for name, module in model.named_modules() if module.training}
+    try:
+        model.eval()
+        with torch.no_grad():
+            pairs = [(backbone.host_features(images), features := run_dense(backbone, images))]
+            pairs.append((model(images), backbone.head(features)))
+    finally:
+        for name, module in model.named_modules():
+            module.training = name in training
+    error = max(
+        ((ours - host).abs().max() / host.abs().max().clamp_min(1e-12)).item() for host, ours in pairs
+    )
+    if not error <= tolerance:
+        raise EvoViTError(
+            f"{type(model).__name__} is not reproduced exactly: with nothing reduced the output differs by "
+            f"{error:.1e} of its size (allowed {tolerance:.0e}). It has a feature this version of evovit ignores; "
+            "use a library version evovit was checked with, or extend the adapter (docs/adding_a_backbone.md)."
+        )
+
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

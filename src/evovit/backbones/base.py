@@ -1,0 +1,144 @@
+"""What a host must offer: embed, stages of block views, final norm, head; and the proof that a view is exact."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from evovit.errors import EvoViTError
+from evovit.tokens import QKV, Tokens
+
+
+class Block(ABC):
+    """A view of one transformer block: the host's own modules, called in the host's order.
+
+    It holds the block, owns no parameter and is made anew in each forward.
+    """
+
+    number: int  # counted from 0 through all stages
+
+    @abstractmethod
+    def qkv(self, tokens: Tokens) -> QKV:
+        """Return what the attention of this block sees."""
+
+    @abstractmethod
+    def attention(self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None) -> Tokens:
+        """Return tokens + attention branch. `bias` is added to the logits, broadcast to (B, H, Q, K)."""
+
+    @abstractmethod
+    def ffn(self, tokens: Tokens) -> Tokens:
+        """Return tokens + feed-forward branch."""
+
+    @final
+    def attend(self, tokens: Tokens, bias: Tensor | None = None) -> tuple[Tokens, QKV]:
+        """Run qkv, then attention."""
+        qkv = self.qkv(tokens)
+        return self.attention(tokens, qkv, bias), qkv
+
+    @final
+    def __call__(self, tokens: Tokens, bias: Tensor | None = None) -> Tokens:
+        """Run the unreduced block."""
+        return self.ffn(self.attend(tokens, bias)[0])
+
+
+class Stage(NamedTuple):
+    """Blocks that share a grid; `enter` down-samples into it (raster order first), None if nothing does."""
+
+    enter: Callable[[Tokens], Tokens] | None
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """What a method may ask of its host before the first forward; one entry per stage where a tuple."""
+
+    depths: tuple[int, ...]
+    dims: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    grid: tuple[int, int]
+    num_prefix: int
+    has_class_token: bool
+    num_classes: int
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks of all stages."""
+        return sum(self.depths)
+
+
+class Backbone(ABC):
+    """A view of a host model: image -> tokens -> blocks -> features -> logits. A plain object, not a module."""
+
+    spec: BackboneSpec
+    head_reads_patches: bool  # False where the head reads prefix tokens alone
+
+    @abstractmethod
+    def __init__(self, model: nn.Module) -> None: ...
+
+    @abstractmethod
+    def embed(self, images: Tensor) -> Tokens:
+        """Return the tokens that enter the first block; images (B, channels, height, width)."""
+
+    @abstractmethod
+    def stages(self) -> Sequence[Stage]:
+        """Return the stages in order. Call after `embed`: positions may depend on the image size."""
+
+    @abstractmethod
+    def norm(self, x: Tensor) -> Tensor:
+        """Apply the host's norm after the last block; (B, P + N, C) to the same."""
+
+    @abstractmethod
+    def head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return logits (B, classes), or what enters the classifier, from normed features (B, P + N, C)."""
+
+    @abstractmethod
+    def host_features(self, images: Tensor) -> Tensor:
+        """Return what the host's own forward gives as normed features (B, P + N, C): the truth to compare with."""
+
+    @abstractmethod
+    def check_structure(self) -> None:
+        """Raise `EvoViTError` where the host holds a part that this adapter does not know."""
+
+
+def expect_parts(module: nn.Module, known: Iterable[str], what: str) -> None:
+    """Raise `EvoViTError` if `module` directly holds a child or parameter whose name is not `known`.
+
+    A part that starts at zero (a gate, a scale) leaves the output unchanged at first, so no comparison of
+    outputs can see it; its name can.
+    """
+    held = {n for n, m in module.named_children() if m is not None}
+    held |= {n for n, _ in module.named_parameters(recurse=False)}
+    unknown = sorted(held - set(known))
+    if unknown:
+        raise EvoViTError(
+            f"{what} ({type(module).__name__}) holds {', '.join(unknown)}, which this version of evovit does not "
+            "know and would ignore; use a library version evovit was checked with, or extend the adapter "
+            "(docs/adding_a_backbone.md)."
+        )
+
+
+def raster_tokens(x: Tensor, num_prefix: int, grid: tuple[int, int]) -> Tokens:
+    """Wrap freshly embedded x, (B, P + N, C), with raster positions 0..N-1; N must be rows * columns."""
+    num_patches = x.shape[1] - num_prefix
+    if num_patches != grid[0] * grid[1]:
+        raise EvoViTError(
+            f"The host embeds {num_patches} patch tokens on a {grid[0]} x {grid[1]} grid; evovit needs one token per "
+            "grid cell (is patch dropout active? turn it off)."
+        )
+    index = torch.arange(num_patches, device=x.device).expand(x.shape[0], num_patches)
+    return Tokens(x, index, num_prefix, grid)
+
+
+def run_dense(backbone: Backbone, images: Tensor) -> Tensor:
+    """Return the normed features (B, P + N, C) of the host through its views, nothing reduced."""
+    tokens = backbone.embed(images)
+    for stage in backbone.stages():
+        tokens = stage.enter(tokens) if stage.enter else tokens
+        for block in stage.blocks:
+            tokens = block(tokens)
+    return backbone.norm(tokens.x)

@@ -1,0 +1,71 @@
+"""One paper a file. The registry finds every file beside this one, so a new method needs no other edit."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import fields
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+from evovit.errors import EvoViTError
+from evovit.methods.base import Method
+
+_METHODS: dict[str, type[Method]] = {}
+
+
+def register(name: str) -> Callable[[type[Method]], type[Method]]:
+    """Register a method under its snake-case name; refuses a second use of a name."""
+
+    def add(cls: type[Method]) -> type[Method]:
+        if name in _METHODS:
+            raise ValueError(f"the method name {name!r} is taken by {_METHODS[name].__name__}")
+        _METHODS[name] = cls
+        return cls
+
+    return add
+
+
+def list_methods() -> list[str]:
+    """Return the names that `reduce_tokens` takes."""
+    return sorted(_METHODS)
+
+
+def find_method(name: str) -> type[Method]:
+    """Return the method class of a name; raises `EvoViTError` with the nearest name."""
+    if name not in _METHODS:
+        near = difflib.get_close_matches(name, list_methods(), 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise EvoViTError(f"There is no method {name!r}; the methods are {', '.join(list_methods())}.{hint}")
+    return _METHODS[name]
+
+
+def find_method_of(config: Method.Config) -> type[Method]:
+    """Return the method class a `Config` belongs to."""
+    for cls in _METHODS.values():
+        if type(config) is cls.Config:
+            return cls
+    raise EvoViTError(f"{type(config).__qualname__} is not the Config of a registered method.")
+
+
+def name_of(method: Method) -> str:
+    """Return the registered name of a method's class."""
+    return next(name for name, cls in _METHODS.items() if cls is type(method))
+
+
+def build_config(cls: type[Method], options: dict[str, Any]) -> Any:
+    """Return the method's `Config` from options; raises `EvoViTError` for an unknown one. Lists become tuples."""
+    known = [f.name for f in fields(cls.Config)]
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise EvoViTError(
+                f"{cls.__name__} has no option {key!r}; its options are {', '.join(known)}.{hint}"
+            )
+    return cls.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

@@ -1,0 +1,171 @@
+"""ReducedViT: the untouched host, a method, and the loop that joins them. `reduce_tokens` is the door."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from evovit.backbones import Backbone, adapt, check_adapter
+from evovit.errors import EvoViTError
+from evovit.methods import build_config, find_method, find_method_of
+from evovit.methods.base import Method
+from evovit.tokens import Tokens
+
+
+class Outputs(NamedTuple):
+    """What one forward gives."""
+
+    logits: Tensor  # (B, classes)
+    tokens: Tokens  # as the last block left them; `method.finish` brings back what waits
+    extra_logits: dict[str, Tensor]  # of the method's own heads, for the training loss
+    trace: list[Tokens]  # after each block, if recorded
+
+
+class ReducedViT(nn.Module):
+    """A host whose blocks are run by a method.
+
+    The host is `.model`, untouched: its state-dict keys, checkpoints and own forward stay as they are.
+    """
+
+    def __init__(self, model: nn.Module, method: Method) -> None:
+        super().__init__()
+        self.model, self.method = model, method
+        self.grad_checkpointing = False
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, classes) for images (B, channels, height, width)."""
+        return self.run(images).logits
+
+    def run(self, images: Tensor, record: bool = False) -> Outputs:
+        """Return logits and tokens; with `record` also the tokens after each block."""
+        backbone = adapt(self.model)
+        tokens, trace = self.blocks(backbone, images, record)
+        whole = self.method.finish(tokens) if backbone.head_reads_patches else tokens
+        logits = backbone.head(backbone.norm(whole.x))
+        return Outputs(logits, tokens, self.method.extra_logits(tokens), trace)
+
+    def blocks(self, backbone: Backbone, images: Tensor, record: bool = False) -> tuple[Tokens, list[Tokens]]:
+        """Run embedding and all blocks: the road from image to tokens."""
+        tokens, trace = backbone.embed(images), []
+        stages = backbone.stages()
+        tokens = self.method.begin(tokens, stages)
+        for stage in stages:
+            tokens = self.method.enter_stage(stage, tokens)
+            for block in stage.blocks:
+                if self.grad_checkpointing and self.training:
+                    tokens = checkpoint(self.method.run_block, block, tokens, use_reentrant=False)
+                else:
+                    tokens = self.method.run_block(block, tokens)
+                if record:
+                    trace.append(tokens)
+        return tokens, trace
+
+    # timm's conveniences
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Return the normed tokens (B, P + N, C); a method that keeps the grid gives all N in raster order."""
+        backbone = adapt(self.model)
+        return backbone.norm(self.method.finish(self.blocks(backbone, images)[0]).x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return logits (B, classes), or what enters the classifier, from `forward_features`."""
+        return adapt(self.model).head(x, pre_logits)
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Return normed patch features as a map (B, C, rows, columns) in raster order; needs a grid-keeping method."""
+        backbone = adapt(self.model)
+        tokens = self.method.finish(self.blocks(backbone, images)[0])
+        rows, columns = tokens.grid
+        if tokens.num_patches != rows * columns:
+            raise EvoViTError(
+                f"{type(self.method).__name__} as configured leaves {tokens.num_patches} of {rows * columns} patches; "
+                "a feature map needs a method that keeps the grid, such as evo_vit with preserve and rejoin_last."
+            )
+        patches = backbone.norm(tokens.x)[:, tokens.num_prefix :]
+        return patches.transpose(1, 2).reshape(patches.shape[0], -1, rows, columns)
+
+    def get_classifier(self) -> Any:
+        """Return the host's classifier."""
+        return self.host.get_classifier()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give host and method a fresh head for `num_classes`."""
+        self.host.reset_classifier(num_classes, global_pool)
+        self.method.reset_classifier(num_classes)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of parameters without weight decay, as this module names them."""
+        return {f"model.{name}" for name in self.host.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return timm's layer groups with names as this module has them."""
+
+        def prefixed(pattern: Any) -> Any:
+            if isinstance(pattern, str):
+                return "|".join(f"^model\\.{part.removeprefix('^')}" for part in pattern.split("|"))
+            return [(prefixed(part), order) for part, order in pattern]
+
+        return {group: prefixed(pattern) for group, pattern in self.host.group_matcher(coarse).items()}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of storing its activations."""
+        self.grad_checkpointing = enable
+
+    @property
+    def host(self) -> Any:
+        """The host, for attributes `nn.Module` does not declare."""
+        return self.model
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the host's head."""
+        return self.host.num_classes  # type: ignore[no-any-return]
+
+    @property
+    def num_features(self) -> int:
+        """Width of the features."""
+        return self.host.num_features  # type: ignore[no-any-return]
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """The host's `pretrained_cfg` (input size, mean, std), empty if it has none."""
+        return getattr(self.model, "pretrained_cfg", None) or {}
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """timm's older name of `pretrained_cfg`."""
+        return self.pretrained_cfg
+
+
+def reduce_tokens(
+    model: nn.Module, method: str | Method.Config = "evo_vit", *, verify: bool = True, **options: Any
+) -> ReducedViT:
+    """Wrap a pretrained or fresh host so that a method runs its blocks.
+
+    Args:
+        model: a supported host (see `evovit.list_hosts`); it is used as it is, not copied.
+        method: a name from `list_methods`, with `options`, or a method's `Config`.
+        verify: prove first that the views reproduce this host exactly (two forwards of two random images).
+
+    Raises:
+        EvoViTError: unsupported host, unknown method or option, a value out of range, a host that is not reproduced.
+    """
+    if isinstance(method, str):
+        cls = find_method(method)
+        config = build_config(cls, options)
+    elif isinstance(method, Method.Config):
+        if options:
+            raise EvoViTError(
+                f"Options {', '.join(options)} given beside a Config; put them into the Config."
+            )
+        cls, config = find_method_of(method), method
+    else:
+        raise EvoViTError(f"method is {method!r}; give a method's name or its Config.")
+    backbone = adapt(model)
+    if verify:
+        check_adapter(model)
+    reduced = ReducedViT(model, cls(config, backbone.spec))
+    reduced.method.to(next(model.parameters()).device)
+    return reduced.train(model.training)

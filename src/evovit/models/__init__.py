@@ -1,0 +1,1 @@
+"""Named models that no host ships."""

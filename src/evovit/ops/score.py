@@ -1,0 +1,55 @@
+"""How informative is a patch token? Scores in float32, computed from q and k; the attention matrix stays unbuilt."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from evovit.tokens import QKV
+
+
+def class_attention(qkv: QKV, num_prefix: int) -> Tensor:
+    """Return the class token's attention to the patch tokens, mean over heads (Evo-ViT eq. 3; one query row).
+
+    The softmax runs over all keys, prefix included. Written as product and sum because a matrix product with one row
+    is slower, and so that half-precision inputs are multiplied in float32.
+
+    Returns:
+        (B, N) float32, each in [0, 1].
+    """
+    query = qkv.q[:, :, :1].float() * qkv.scale  # (B, H, 1, D)
+    logits = (query * qkv.k).sum(-1)  # (B, H, P + N)
+    if qkv.bias is not None:
+        logits = logits + qkv.bias[:, :, 0].float()
+    return logits.softmax(-1)[..., num_prefix:].mean(1)
+
+
+def attention_column_mean(qkv: QKV, num_prefix: int) -> Tensor:
+    """Return the attention each patch token receives, mean over heads and queries (Kim et al. 2021; Evo-ViT table 4).
+
+    For hosts without a class token. The column sums need every row, so the weights are formed one head at a time:
+    (B, T, T) float32 is the peak.
+
+    Returns:
+        (B, N) float32, each in [0, 1].
+    """
+    total = torch.zeros((), device=qkv.q.device)
+    for head in range(qkv.q.shape[1]):
+        logits = (qkv.q[:, head].float() * qkv.scale) @ qkv.k[:, head].float().transpose(-2, -1)  # (B, T, T)
+        if qkv.bias is not None:
+            logits = logits + qkv.bias[:, min(head, qkv.bias.shape[1] - 1)].float()
+        total = total + logits.softmax(-1).mean(1)  # (B, T)
+    return total[:, num_prefix:] / qkv.q.shape[1]
+
+
+def evolve(old: Tensor | None, new: Tensor, trade_off: float) -> Tensor:
+    """Return the running score trade_off * old + (1 - trade_off) * new (Evo-ViT eq. 4); `new` if there is no old."""
+    return new if old is None or trade_off == 0 else trade_off * old + (1 - trade_off) * new
+
+
+def scattered_score(index: Tensor, salt: int) -> Tensor:
+    """Return a fixed pseudo-random score per raster position, (B, N) float32 in [0, 1); equal on every device."""
+    mixed = (index + 1) * 2654435761 + (salt + 1) * 40503
+    mixed = ((mixed ^ (mixed >> 15)) * 2246822519) & 0xFFFFFFFF
+    mixed = ((mixed ^ (mixed >> 13)) * 3266489917) & 0xFFFFFF
+    return mixed.float() / 0x1000000

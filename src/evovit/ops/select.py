@@ -1,0 +1,56 @@
+"""Which tokens go on? Counts are Python integers, indices int64, ties fall to the lower raster position."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Split(NamedTuple):
+    """A choice of K among N patch tokens."""
+
+    rows: Tensor  # (B, K) int64, positions of the kept among the N, ascending
+    kept: Tensor  # (B, N) bool
+
+
+def split_top(score: Tensor, keep: int) -> Split:
+    """Keep the `keep` best scores of each image; equal scores: the lower position wins, on every device.
+
+    Scores become unique integer keys (bits of the float, then the position), of which only the best `keep` are found:
+    no sort of all tokens.
+
+    Args:
+        score: (B, N) float32, not NaN.
+        keep: 1 <= keep <= N.
+    """
+    batch, num = score.shape
+    position = torch.arange(num, device=score.device)
+    bits = (score.detach() + 0.0).contiguous().view(torch.int32)  # + 0.0 turns -0.0 into 0.0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # an integer that grows with the float
+    key = ordered.long() * num + (num - 1 - position)  # (B, N), unique
+    kept = key >= key.topk(keep, sorted=False).values.amin(-1, keepdim=True)
+    slot = torch.where(kept, kept.cumsum(-1) - 1, keep)  # the others write to a spare place
+    rows = torch.zeros(batch, keep + 1, dtype=torch.long, device=score.device)
+    return Split(rows.scatter(1, slot, position.expand(batch, num))[:, :keep], kept)
+
+
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """Return the rows `rows` (B, K) of x (B, T, ...), as (B, K, ...)."""
+    batch, num = x.shape[:2]
+    flat = rows + torch.arange(batch, device=x.device)[:, None] * num
+    return x.flatten(0, 1).index_select(0, flat.flatten()).reshape(batch, rows.shape[1], *x.shape[2:])
+
+
+def put(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """Return x (B, T, ...) with the rows `rows` (B, K) replaced by values (B, K, ...); out of place."""
+    batch, num = x.shape[:2]
+    flat = rows + torch.arange(batch, device=x.device)[:, None] * num
+    return x.flatten(0, 1).index_copy(0, flat.flatten(), values.flatten(0, 1)).reshape(x.shape)
+
+
+def with_prefix(rows: Tensor, num_prefix: int) -> Tensor:
+    """Return rows of the whole tensor, (B, P + K): the P prefix rows, then patch rows (B, K) shifted by P."""
+    prefix = torch.arange(num_prefix, device=rows.device).expand(rows.shape[0], num_prefix)
+    return torch.cat((prefix, rows + num_prefix), dim=1)

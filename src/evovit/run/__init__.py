@@ -1,0 +1,1 @@
+"""Recipe -> numbers: training, evaluation, checkpoints, benchmarks, reports."""

@@ -1,0 +1,70 @@
+"""Tokens: the state between two blocks. QKV: what a block's attention saw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The token state between two blocks: P prefix tokens, then N patch tokens.
+
+    Args:
+        x: (B, P + N, C).
+        index: (B, N) int64, raster position at the stage's start; -1 where a token stands for several.
+        num_prefix: P, the class, distillation and register tokens; never reduced.
+        grid: (rows, columns) of the stage.
+        size: (B, N) patches a token stands for; None means one each.
+        mask: (B, N) 1 where a token takes part; None means all.
+        carry: a NamedTuple of the method's own, for example the tokens Evo-ViT has parked.
+    """
+
+    x: Tensor
+    index: Tensor
+    num_prefix: int
+    grid: tuple[int, int]
+    size: Tensor | None = None
+    mask: Tensor | None = None
+    carry: Any = None
+
+    @property
+    def prefix(self) -> Tensor:
+        """(B, P, C)."""
+        return self.x[:, : self.num_prefix]
+
+    @property
+    def patches(self) -> Tensor:
+        """(B, N, C)."""
+        return self.x[:, self.num_prefix :]
+
+    @property
+    def num_patches(self) -> int:
+        """N, a Python integer (static shape)."""
+        return self.x.shape[1] - self.num_prefix
+
+    def with_x(self, x: Tensor) -> Tokens:
+        """Return the same tokens with new values, (B, P + N, C)."""
+        return replace(self, x=x)
+
+    def change(self, **fields: Any) -> Tokens:
+        """Return a copy with the named fields replaced."""
+        return replace(self, **fields)
+
+
+class QKV(NamedTuple):
+    """Queries, keys and values of one attention, (B, H, P + N, D), as the host computes them.
+
+    Normalisation and rotary embedding of the host are already in them.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    bias: Tensor | None = None  # the host's position bias for these tokens, (1 or B, H, P + N, P + N)
+    side: Tensor | None = (
+        None  # what the host's projection gives besides: an output gate, a parallel FFN, (B, P + N, S)
+    )
