@@ -29,6 +29,9 @@ class ReducedViT(nn.Module):
     The host is `.model`, untouched: its state-dict keys, checkpoints and own forward stay as they are.
     """
 
+    model: nn.Module
+    method: Method
+
     def __init__(self, model: nn.Module, method: Method) -> None:
         super().__init__()
         self.model, self.method = model, method
@@ -65,7 +68,7 @@ class ReducedViT(nn.Module):
     # timm's conveniences
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Return the normed tokens (B, P + N, C); a method that keeps the grid gives all N in raster order."""
+        """Return normed tokens (B, P + N, C); a method that keeps the grid gives all N in raster order."""
         backbone = adapt(self.model)
         return backbone.norm(self.method.finish(self.blocks(backbone, images)[0]).x)
 
@@ -74,14 +77,14 @@ class ReducedViT(nn.Module):
         return adapt(self.model).head(x, pre_logits)
 
     def feature_map(self, images: Tensor) -> Tensor:
-        """Return normed patch features as a map (B, C, rows, columns) in raster order; needs a grid-keeping method."""
+        """Return normed patch features (B, C, rows, columns), raster order, if the method keeps the grid."""
         backbone = adapt(self.model)
         tokens = self.method.finish(self.blocks(backbone, images)[0])
         rows, columns = tokens.grid
         if tokens.num_patches != rows * columns:
             raise EvoViTError(
-                f"{type(self.method).__name__} as configured leaves {tokens.num_patches} of {rows * columns} patches; "
-                "a feature map needs a method that keeps the grid, such as evo_vit with preserve and rejoin_last."
+                f"{type(self.method).__name__} as configured leaves {tokens.num_patches} of {rows * columns} "
+                "patches; a feature map needs one that keeps the grid (evo_vit with preserve, rejoin_last)."
             )
         patches = backbone.norm(tokens.x)[:, tokens.num_prefix :]
         return patches.transpose(1, 2).reshape(patches.shape[0], -1, rows, columns)
@@ -150,7 +153,8 @@ def reduce_tokens(
         verify: prove first that the views reproduce this host exactly (two forwards of two random images).
 
     Raises:
-        EvoViTError: unsupported host, unknown method or option, a value out of range, a host that is not reproduced.
+        EvoViTError: unsupported host, unknown method or option, a value out of range, a host that is not
+        reproduced.
     """
     if isinstance(method, str):
         cls = find_method(method)

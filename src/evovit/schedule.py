@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, check_count
 
 
 def per_block(
     value: float | Sequence[float], depth: int, name: str, low: float, high: float
 ) -> tuple[float, ...]:
     """Return one value per block from a number or one per block; each must lie in [low, high]."""
-    values = tuple(value) if isinstance(value, Sequence) else (value,) * depth
+    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * depth
     if len(values) != depth:
         raise EvoViTError(
-            f"{name} has {len(values)} values, but the model has {depth} blocks; give one number, or one per block."
+            f"{name} has {len(values)} values, but the model has {depth} blocks; give a number, or one each."
         )
     for v in values:
         if isinstance(v, bool) or not isinstance(v, int | float) or not low <= v <= high:
@@ -31,42 +31,47 @@ class KeepSchedule:
         ratios: one per block, in (0, 1]; 1 leaves the block alone.
         rounding: how a count comes from ratio * N: `int` truncates, `math.ceil` rounds up.
         start: first block that may reduce; stages are counted from it.
+        multiple_of: the rows that enter a reduced block are rounded to the nearest multiple of this.
     """
 
     ratios: tuple[float, ...]
     rounding: Callable[[float], int] = int
     start: int = 0
+    multiple_of: int = 1
 
     @classmethod
     def from_block(
-        cls, depth: int, keep_ratio: float | Sequence[float], start_block: int, stage_length: int = 1
+        cls, depth: int, keep_ratio: float | Sequence[float], start_block: int, multiple_of: int = 1
     ) -> KeepSchedule:
         """Build from a number, used from `start_block` on, or from one ratio per block, used as it stands."""
-        if isinstance(stage_length, bool) or not isinstance(stage_length, int) or stage_length < 1:
-            raise EvoViTError(f"stage_length is {stage_length!r}; allowed is 1 or more blocks.")
-        if isinstance(start_block, bool) or not isinstance(start_block, int) or not 1 <= start_block < depth:
-            raise EvoViTError(
-                f"start_block is {start_block!r}; allowed is 1 to {depth - 1} (blocks are counted from 0, and block 0 "
-                "has no earlier score to select by)."
-            )
+        check_count("multiple_of", multiple_of, 1, 256)
+        check_count(
+            "start_block", start_block, 1, depth - 1, "blocks count from 0, and block 0 has no earlier score"
+        )
         ratios = per_block(keep_ratio, depth, "keep_ratio", 0.0, 1.0)
-        if min(ratios) <= 0:
+        if min(ratios) == 0:
             raise EvoViTError("keep_ratio is 0; it is the share of tokens kept, above 0 and at most 1.")
         if not isinstance(keep_ratio, Sequence):
             ratios = (1.0,) * start_block + ratios[start_block:]
         elif min(ratios[:start_block]) < 1:
             raise EvoViTError(
-                f"keep_ratio is below 1 before start_block {start_block}; set start_block to the first reducing block."
+                f"keep_ratio is below 1 before start_block {start_block}; set start_block to the first."
             )
-        return cls(ratios, start=start_block)
+        return cls(ratios, start=start_block, multiple_of=multiple_of)
 
-    def count(self, number: int, num_patches: int) -> int | None:
-        """Return how many of `num_patches` block `number` keeps, at least 1; None where it keeps all."""
-        keep = max(1, self.rounding(num_patches * self.ratios[number]))
+    def count(self, number: int, num_patches: int, others: int = 0) -> int | None:
+        """Return how many of `num_patches` block `number` keeps, at least 1; None where it keeps all.
+
+        `others` is the number of rows that enter beside the kept: prefix tokens, a representative token.
+        """
+        keep = self.rounding(num_patches * self.ratios[number])
+        if self.multiple_of > 1:
+            keep = round((keep + others) / self.multiple_of) * self.multiple_of - others
+        keep = max(1, keep)
         return None if keep >= num_patches else keep
 
     def stage_start(self, number: int, length: int) -> int:
-        """Return the first block of the stage that block `number` lies in, stages being `length` blocks long."""
+        """Return the first block of the stage, `length` blocks long, that block `number` lies in."""
         return number if number < self.start else number - (number - self.start) % length
 
     def starts_stage(self, number: int, length: int) -> bool:
@@ -74,7 +79,10 @@ class KeepSchedule:
         return self.stage_start(number, length) == number
 
     def reads_score(self, number: int, length: int, trade_off: Sequence[float]) -> bool:
-        """Tell whether a later selection depends on the score of block `number`; `trade_off` weighs the old score."""
+        """Tell whether a later selection depends on the score of block `number`.
+
+        `trade_off` is the weight of the old score in each block.
+        """
         for later in range(number + 1, len(self.ratios)):
             reduces = self.ratios[self.stage_start(later, length)] < 1
             if reduces and self.starts_stage(later, length):

@@ -45,6 +45,11 @@ class Tokens:
         """N, a Python integer (static shape)."""
         return self.x.shape[1] - self.num_prefix
 
+    @property
+    def num_cells(self) -> int:
+        """Cells of the grid, the number of patch tokens while all are present."""
+        return self.grid[0] * self.grid[1]
+
     def with_x(self, x: Tensor) -> Tokens:
         """Return the same tokens with new values, (B, P + N, C)."""
         return replace(self, x=x)

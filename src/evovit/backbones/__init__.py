@@ -1,4 +1,4 @@
-"""Hosts: image -> tokens, block views, tokens -> logits. `adapt` finds the adapter by the host's class name."""
+"""Hosts: image -> tokens, block views, tokens -> logits. `adapt` finds an adapter by the host's class."""
 
 from __future__ import annotations
 
@@ -40,28 +40,27 @@ def _find(host: type) -> type[Backbone]:
         found = _ADAPTERS.get(f"{cls.__module__}.{cls.__qualname__}")
         if found is not None:
             return found
-    known = ", ".join(name.rsplit(".", 1)[1] for name in list_hosts())
     raise EvoViTError(
-        f"{host.__module__}.{host.__qualname__} is not a supported host; supported are {known} (and their "
-        "subclasses). Pass one of these, or write an adapter (docs/adding_a_backbone.md)."
+        f"{host.__module__}.{host.__qualname__} is not a supported host; pass a model of class "
+        f"{' or '.join(list_hosts())}, or write an adapter (docs/adding_a_backbone.md)."
     )
 
 
 def adapt(model: nn.Module) -> Backbone:
-    """Return the view of a host model; raises `EvoViTError` that lists the known hosts for any other class."""
+    """Return the view of a host model; raises `EvoViTError`, listing the known hosts, for any other."""
     return _find(type(model))(model)
 
 
 def check_adapter(model: nn.Module, tolerance: float = 1e-4) -> None:
     """Prove that the views reproduce the host, or raise `EvoViTError` that says what differs.
 
-    Two guards: every part the host's blocks hold has a name the adapter knows (this sees a part that starts at
-    zero), and the runner with plain blocks gives the host's features and logits on random images. The second needs values, so a
-    host on the meta device passes the first guard only.
+    Two guards: every part the host and its blocks hold has a name the adapter knows (this sees a part that
+    starts at zero), and the runner with plain blocks gives the host's features and logits on random images.
+    The second needs values, so a host on the meta device passes the first guard only.
 
     Args:
-        tolerance: largest difference allowed, relative to the largest value; for float16 and bfloat16 hosts not
-            below 0.05, which is their rounding.
+        tolerance: largest difference allowed, relative to the largest value; for float16 and bfloat16 hosts
+            not below 0.05, which is their rounding.
     """
     backbone = adapt(model)
     backbone.check_structure()
@@ -70,13 +69,8 @@ def check_adapter(model: nn.Module, tolerance: float = 1e-4) -> None:
         return
     if weight.dtype in (torch.float16, torch.bfloat16):
         tolerance = max(tolerance, 0.05)
-    config = getattr(model, "pretrained_cfg", None) or {}
-    size = (
-        getattr(getattr(model, "patch_embed", None), "img_size", None)
-        or config.get("input_size", (3, 224, 224))[1:]
-    )
-    shape = (2, getattr(model, "in_chans", 3), *size)
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn((2, *backbone.image_shape), generator=generator).to(weight)
     training = {name for name, module in model.named_modules() if module.training}
     try:
         model.eval()
@@ -86,15 +80,22 @@ def check_adapter(model: nn.Module, tolerance: float = 1e-4) -> None:
     finally:
         for name, module in model.named_modules():
             module.training = name in training
-    error = max(
-        ((ours - host).abs().max() / host.abs().max().clamp_min(1e-12)).item() for host, ours in pairs
-    )
+    error = max(_relative_error(ours, host) for host, ours in pairs)
     if not error <= tolerance:
         raise EvoViTError(
             f"{type(model).__name__} is not reproduced exactly: with nothing reduced the output differs by "
-            f"{error:.1e} of its size (allowed {tolerance:.0e}). It has a feature this version of evovit ignores; "
-            "use a library version evovit was checked with, or extend the adapter (docs/adding_a_backbone.md)."
+            f"{error:.1e} of its size (allowed {tolerance:.0e}), so it has a feature this version of evovit "
+            "ignores; use a library version evovit was checked with, or extend the adapter "
+            "(docs/adding_a_backbone.md)."
         )
+
+
+def _relative_error(ours: torch.Tensor, host: torch.Tensor) -> float:
+    """Return the largest difference relative to the host's largest value; infinite where shapes differ."""
+    if ours.shape != host.shape:
+        return float("inf")
+    error = (ours.float() - host.float()).abs().max() / host.float().abs().max().clamp_min(1e-12)
+    return error.nan_to_num(float("inf")).item()
 
 
 for _module in iter_modules(__path__):

@@ -1,4 +1,4 @@
-"""What a host must offer: embed, stages of block views, final norm, head; and the proof that a view is exact."""
+"""What a host must offer: embed, stages of block views, final norm, head; and the refusals adapters share."""
 
 from __future__ import annotations
 
@@ -33,6 +33,10 @@ class Block(ABC):
     @abstractmethod
     def ffn(self, tokens: Tokens) -> Tokens:
         """Return tokens + feed-forward branch."""
+
+    @abstractmethod
+    def weights(self) -> tuple[int, int]:
+        """Return how many matrix entries each row meets in the attention and in the FFN (to count MACs)."""
 
     @final
     def attend(self, tokens: Tokens, bias: Tensor | None = None) -> tuple[Tokens, QKV]:
@@ -72,9 +76,10 @@ class BackboneSpec:
 
 
 class Backbone(ABC):
-    """A view of a host model: image -> tokens -> blocks -> features -> logits. A plain object, not a module."""
+    """A view of a host: image -> tokens -> blocks -> features -> logits. A plain object, not a module."""
 
     spec: BackboneSpec
+    image_shape: tuple[int, int, int]  # (channels, height, width) the host was built for
     head_reads_patches: bool  # False where the head reads prefix tokens alone
 
     @abstractmethod
@@ -98,28 +103,44 @@ class Backbone(ABC):
 
     @abstractmethod
     def host_features(self, images: Tensor) -> Tensor:
-        """Return what the host's own forward gives as normed features (B, P + N, C): the truth to compare with."""
+        """Return the normed features (B, P + N, C) of the host's own forward: the truth to compare with."""
 
     @abstractmethod
     def check_structure(self) -> None:
         """Raise `EvoViTError` where the host holds a part that this adapter does not know."""
 
 
+def expect_class(module: nn.Module, known: Iterable[str], what: str) -> None:
+    """Raise `EvoViTError` if the class of `module` is none of those whose forward an adapter re-states."""
+    if type(module).__name__ not in known:
+        raise EvoViTError(
+            f"{what} is a {type(module).__name__}, which this version of evovit does not support (supported: "
+            f"{', '.join(sorted(known))}); use a host with these, or extend the adapter "
+            "(docs/adding_a_backbone.md)."
+        )
+
+
 def expect_parts(module: nn.Module, known: Iterable[str], what: str) -> None:
-    """Raise `EvoViTError` if `module` directly holds a child or parameter whose name is not `known`.
+    """Raise `EvoViTError` if `module` directly holds a child, parameter or buffer whose name is not `known`.
 
     A part that starts at zero (a gate, a scale) leaves the output unchanged at first, so no comparison of
     outputs can see it; its name can.
     """
-    held = {n for n, m in module.named_children() if m is not None}
-    held |= {n for n, _ in module.named_parameters(recurse=False)}
+    held = {name for name, _ in module.named_children()}
+    held |= {name for name, _ in module.named_parameters(recurse=False)}
+    held |= {name for name, _ in module.named_buffers(recurse=False)}
     unknown = sorted(held - set(known))
     if unknown:
         raise EvoViTError(
-            f"{what} ({type(module).__name__}) holds {', '.join(unknown)}, which this version of evovit does not "
-            "know and would ignore; use a library version evovit was checked with, or extend the adapter "
+            f"{what} ({type(module).__name__}) holds {', '.join(unknown)}, which this version of evovit does "
+            "not know and would ignore; use a library version evovit was checked with, or extend the adapter "
             "(docs/adding_a_backbone.md)."
         )
+
+
+def matrix_entries(module: nn.Module) -> int:
+    """Return the number of entries of all matrices (2-D parameters) of a module."""
+    return sum(p.numel() for p in module.parameters() if p.ndim == 2)
 
 
 def raster_tokens(x: Tensor, num_prefix: int, grid: tuple[int, int]) -> Tokens:
@@ -127,11 +148,22 @@ def raster_tokens(x: Tensor, num_prefix: int, grid: tuple[int, int]) -> Tokens:
     num_patches = x.shape[1] - num_prefix
     if num_patches != grid[0] * grid[1]:
         raise EvoViTError(
-            f"The host embeds {num_patches} patch tokens on a {grid[0]} x {grid[1]} grid; evovit needs one token per "
-            "grid cell (is patch dropout active? turn it off)."
+            f"The host embeds {num_patches} patch tokens on a {grid[0]} x {grid[1]} grid; use a host whose "
+            "patch embedding and prefix tokens leave one token per grid cell."
         )
     index = torch.arange(num_patches, device=x.device).expand(x.shape[0], num_patches)
     return Tokens(x, index, num_prefix, grid)
+
+
+@torch.no_grad()
+def last_qkv(stages: Sequence[Stage], tokens: Tokens) -> QKV:
+    """Run embedded tokens through all blocks, nothing reduced, and return what the last attention saw."""
+    for stage in stages:
+        tokens = stage.enter(tokens) if stage.enter else tokens
+        for block in stage.blocks:
+            tokens, qkv = block.attend(tokens)
+            tokens = block.ffn(tokens)
+    return qkv
 
 
 def run_dense(backbone: Backbone, images: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""timm's VisionTransformer: ViT, DeiT (also distilled), DeiT-III, AugReg, MAE, CLIP, SigLIP, DINOv2, q/k-norm, gated.
+"""timm's VisionTransformer: ViT, DeiT (also distilled), DeiT-III, AugReg, MAE, CLIP, SigLIP, DINOv2, hybrids.
 
-Checked with timm 1.0.31.
+Checked with timm 1.0.26 to 1.0.31.
 """
 
 from __future__ import annotations
@@ -11,10 +11,58 @@ from typing import Any
 from torch import Tensor, nn
 
 from evovit.backbones import adapter
-from evovit.backbones.base import Backbone, BackboneSpec, Stage, raster_tokens
-from evovit.backbones.timm_blocks import BLOCKS
+from evovit.backbones.base import (
+    Backbone,
+    BackboneSpec,
+    Stage,
+    expect_class,
+    expect_parts,
+    raster_tokens,
+)
+from evovit.backbones.timm_blocks import PostNormBlock, PreNormBlock
+from evovit.backbones.timm_parallel_blocks import ParallelScalingBlock, ParallelThingsBlock
 from evovit.errors import EvoViTError
 from evovit.tokens import Tokens
+
+BLOCKS: dict[str, type[PreNormBlock]] = {
+    "Block": PreNormBlock,
+    "ResPostBlock": PostNormBlock,
+    "ParallelThingsBlock": ParallelThingsBlock,
+    "ParallelScalingBlock": ParallelScalingBlock,
+}
+HOST_PARTS = (
+    *("patch_embed", "cls_token", "reg_token", "pos_embed", "pos_drop", "patch_drop", "norm_pre"),
+    *("blocks", "norm", "attn_pool", "fc_norm", "head_drop", "head"),
+)
+
+
+def timm_spec(host: Any, num_heads: int) -> BackboneSpec:
+    """Return what a flat timm host offers; raises `EvoViTError` where no adapter can be exact."""
+    if getattr(host.patch_drop, "prob", 0.0) > 0:  # identity or None where patches are not dropped
+        raise EvoViTError(
+            f"The host drops {host.patch_drop.prob:.0%} of its patches at random in training, which breaks "
+            "the grid that methods need; create it with patch_drop_rate=0."
+        )
+    if getattr(host.patch_embed, "grid_size", None) is None:  # timm allows img_size=None, and any embed_layer
+        raise EvoViTError(
+            f"The patch embedding ({type(host.patch_embed).__name__}) names no grid, which methods need; "
+            "create the host with img_size."
+        )
+    return BackboneSpec(
+        depths=(len(host.blocks),),
+        dims=(host.embed_dim,),
+        num_heads=(num_heads,),
+        grid=tuple(host.patch_embed.grid_size),
+        num_prefix=host.num_prefix_tokens,
+        has_class_token=host.cls_token is not None,
+        num_classes=host.num_classes,
+    )
+
+
+def timm_grid(host: Any, embedded: Tensor) -> tuple[int, int]:
+    """Return (rows, columns) of the patch embedding's output: (B, rows, columns, C), or else (B, N, C)."""
+    rows, columns = embedded.shape[1:3] if host.dynamic_img_size else host.patch_embed.grid_size
+    return rows, columns
 
 
 @adapter("timm.models.vision_transformer.VisionTransformer")
@@ -25,47 +73,41 @@ class TimmViT(Backbone):
 
     def __init__(self, model: nn.Module) -> None:
         self.model = host = model  # type: Any
-        first = host.blocks[0]
-        if not {type(block).__name__ for block in host.blocks} <= set(BLOCKS):
-            raise EvoViTError(
-                f"A host with {type(first).__name__} blocks is not supported: queries, keys and values of one softmax "
-                f"attention are needed; supported blocks are {', '.join(sorted(BLOCKS))}."
-            )
-        self.spec = BackboneSpec(
-            depths=(len(host.blocks),),
-            dims=(host.embed_dim,),
-            num_heads=(next(m.num_heads for m in first.modules() if hasattr(m, "num_heads")),),
-            grid=tuple(host.patch_embed.grid_size),
-            num_prefix=host.num_prefix_tokens,
-            has_class_token=getattr(host, "cls_token", None) is not None,
-            num_classes=host.num_classes,
-        )
+        for number, block in enumerate(host.blocks):
+            expect_class(block, BLOCKS, f"Block {number}")
+        self.spec = timm_spec(host, self.blocks()[0].num_heads)
+        self.image_shape = (host.in_chans, *host.patch_embed.img_size)
         self.head_reads_patches = host.global_pool != "token" or host.attn_pool is not None
 
-    def grid_of(self, images: Tensor) -> tuple[int, int]:
-        """Return (rows, columns) of the patch grid for these images."""
-        return tuple(self.model.patch_embed.dynamic_feat_size(images.shape[-2:]))
+    def blocks(self) -> list[PreNormBlock]:
+        """Return fresh views of the blocks."""
+        return [BLOCKS[type(b).__name__](b, i) for i, b in enumerate(self.model.blocks)]
 
     def embed(self, images: Tensor) -> Tokens:
-        x = self.model._pos_embed(self.model.patch_embed(images))
-        x = self.model.norm_pre(self.model.patch_drop(x))
-        return raster_tokens(x, self.spec.num_prefix, self.grid_of(images))
+        x = self.model.patch_embed(images)
+        grid = timm_grid(self.model, x)
+        x = self.model.norm_pre(self.model._pos_embed(x))
+        return raster_tokens(x, self.spec.num_prefix, grid)
 
     def stages(self) -> Sequence[Stage]:
-        return [Stage(None, [BLOCKS[type(b).__name__](b, i) for i, b in enumerate(self.model.blocks)])]
+        return [Stage(None, self.blocks())]
 
     def norm(self, x: Tensor) -> Tensor:
         return self.model.norm(x)  # type: ignore[no-any-return]
 
     def head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         out: Tensor | tuple[Tensor, Tensor] = self.model.forward_head(features, pre_logits=pre_logits)
-        return (
-            (out[0] + out[1]) / 2 if isinstance(out, tuple) else out
-        )  # the distilled host in training returns two
+        if isinstance(out, tuple):
+            raise EvoViTError(
+                "The distilled host gives two predictions in training, and evovit passes on one; call "
+                "set_distilled_training(False) on the host to train their mean."
+            )
+        return out
 
     def host_features(self, images: Tensor) -> Tensor:
         return self.model.forward_features(images)  # type: ignore[no-any-return]
 
     def check_structure(self) -> None:
-        for block in self.stages()[0].blocks:
-            block.check()  # type: ignore[attr-defined]
+        expect_parts(self.model, (*HOST_PARTS, "dist_token", "head_dist"), "The host")
+        for block in self.blocks():
+            block.check()

@@ -55,7 +55,7 @@ def name_of(method: Method) -> str:
 
 
 def build_config(cls: type[Method], options: dict[str, Any]) -> Any:
-    """Return the method's `Config` from options; raises `EvoViTError` for an unknown one. Lists become tuples."""
+    """Return the method's `Config`; raises `EvoViTError` for an unknown option. Lists become tuples."""
     known = [f.name for f in fields(cls.Config)]
     for key in options:
         if key not in known:

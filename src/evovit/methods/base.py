@@ -1,16 +1,17 @@
-"""What a method is: a module that decides how a block runs. One verb, `run_block`, and four hooks with defaults."""
+"""What a method is: a module that decides how a block runs. One verb, `run_block`, and hooks."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from evovit.backbones.base import BackboneSpec, Block, Stage
 from evovit.errors import EvoViTError
+from evovit.schedule import KeepSchedule
 from evovit.tokens import Tokens
 
 
@@ -24,6 +25,9 @@ class Method(nn.Module, ABC):
 
     keeps_grid: ClassVar[bool] = False  # every patch token reaches `finish`, in raster order
     needs_class_token: ClassVar[bool] = True
+    keep_all: ClassVar[dict[str, Any]] = {}  # options under which nothing is reduced: the host, exactly
+    example: ClassVar[dict[str, Any]] = {}  # options that reduce a host of four blocks
+    schedule: KeepSchedule  # of a method that keeps a set share of tokens
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -31,9 +35,11 @@ class Method(nn.Module, ABC):
 
     def __init__(self, config: Any, spec: BackboneSpec) -> None:
         super().__init__()
-        if self.needs_class_token and not spec.has_class_token:
-            raise EvoViTError(f"{type(self).__name__} scores by the class token, and this host has none.")
+        if self.needs_class_token:
+            require_class_token(spec, type(self).__name__, "a method that scores without it")
         self.config, self.spec = config, spec
+        self.class_head: ClassTokenHead | None = None
+        self.full_schedule: KeepSchedule | None = None  # `schedule` as first given, once `set_reduction` ran
 
     @abstractmethod
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
@@ -52,11 +58,61 @@ class Method(nn.Module, ABC):
         return tokens
 
     def extra_logits(self, tokens: Tokens) -> dict[str, Tensor]:
-        """Return logits of the method's own heads, (B, classes) each, for the training loss; default: none."""
-        return {}
+        """Return logits (B, classes) for the training loss by name; default: the assisted head's, if any."""
+        return {"class_token": self.class_head(tokens)} if self.class_head else {}
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Give the method's own heads another number of classes; default: it has none."""
+        """Give the assisted head, if any, another number of classes."""
+        if self.class_head:
+            self.class_head.reset(num_classes)
+
+    def current_config(self) -> Any:
+        """Return the options under which a fresh method does what this one does now."""
+        return self.config
+
+    def losses(self, outputs: Any, teacher: Any) -> dict[str, Tensor]:
+        """Return further terms of the training loss by name, weighted; default: none.
+
+        Args:
+            outputs: `evovit.model.Outputs` of this training forward.
+            teacher: `evovit.run.objective.Taught` of the same images, None without a teacher.
+        """
+        return {}
 
     def set_progress(self, fraction: float) -> None:
         """Follow the training, `fraction` of the epochs done, 0 to 1; default: nothing changes."""
+
+    def set_reduction(self, share: float) -> None:
+        """Reduce only this share of what the options say, for late starts and ramps; 0: nothing, 1: all."""
+        if "schedule" not in vars(self):
+            raise EvoViTError(f"{type(self).__name__} has no keep ratio that could start late or ramp.")
+        self.full_schedule = self.full_schedule or self.schedule
+        ratios = tuple(1 - share * (1 - ratio) for ratio in self.full_schedule.ratios)
+        self.schedule = replace(self.full_schedule, ratios=ratios)
+
+
+def require_class_token(spec: BackboneSpec, what: str, instead: str) -> None:
+    """Raise `EvoViTError` where the host has no class token; `instead` is what to choose."""
+    if not spec.has_class_token:
+        raise EvoViTError(f"{what} needs a class token and this host has none; choose {instead}.")
+
+
+class ClassTokenHead(nn.Module):
+    """A second classifier, on the class token, for the training loss alone (Evo-ViT eq. 8)."""
+
+    def __init__(self, spec: BackboneSpec) -> None:
+        super().__init__()
+        self.norm_cls = nn.LayerNorm(spec.dims[-1], eps=1e-6)
+        self.head_cls = nn.Linear(spec.dims[-1], spec.num_classes)
+        self.reset(spec.num_classes)
+
+    def reset(self, num_classes: int) -> None:
+        """Start a fresh classifier for `num_classes`."""
+        old = self.head_cls.weight
+        self.head_cls = nn.Linear(self.head_cls.in_features, num_classes, device=old.device, dtype=old.dtype)
+        nn.init.trunc_normal_(self.head_cls.weight, std=0.02)
+        nn.init.zeros_(self.head_cls.bias)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Return logits (B, classes)."""
+        return self.head_cls(self.norm_cls(tokens.x[:, 0]))  # type: ignore[no-any-return]

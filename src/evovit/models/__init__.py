@@ -1,1 +1,36 @@
-"""Named models that no host ships."""
+"""Named models that no host ships. `create_model` makes them; after `import evovit`, so does timm's."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+from evovit.errors import EvoViTError
+from evovit.model import ReducedViT
+
+_MODELS: dict[str, Callable[..., ReducedViT]] = {}
+for _info in iter_modules(__path__):
+    _module = import_module(f"{__name__}.{_info.name}")
+    _MODELS |= {name: getattr(_module, name) for name in _module.__all__}
+
+
+def list_models() -> list[str]:
+    """Return the names that `create_model` takes."""
+    return sorted(_MODELS)
+
+
+def create_model(name: str, **kwargs: Any) -> ReducedViT:
+    """Create a named model with random weights.
+
+    Args:
+        kwargs: options of the method (such as `keep_ratio`), and arguments of the host (such as
+        `num_classes`).
+    """
+    if name not in _MODELS:
+        near = difflib.get_close_matches(name, list_models(), 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise EvoViTError(f"There is no model {name!r}; the models are {', '.join(list_models())}.{hint}")
+    return _MODELS[name](**kwargs)

@@ -1,4 +1,4 @@
-"""How informative is a patch token? Scores in float32, computed from q and k; the attention matrix stays unbuilt."""
+"""How informative is a patch token? Scores in float32, from q and k; the attention matrix stays unbuilt."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from evovit.tokens import QKV
 def class_attention(qkv: QKV, num_prefix: int) -> Tensor:
     """Return the class token's attention to the patch tokens, mean over heads (Evo-ViT eq. 3; one query row).
 
-    The softmax runs over all keys, prefix included. Written as product and sum because a matrix product with one row
-    is slower, and so that half-precision inputs are multiplied in float32.
+    The softmax runs over all keys, prefix included. Written as product and sum because a matrix product with
+    one row is slower, and so that half-precision inputs are multiplied in float32.
 
     Returns:
         (B, N) float32, each in [0, 1].
@@ -21,14 +21,14 @@ def class_attention(qkv: QKV, num_prefix: int) -> Tensor:
     logits = (query * qkv.k).sum(-1)  # (B, H, P + N)
     if qkv.bias is not None:
         logits = logits + qkv.bias[:, :, 0].float()
-    return logits.softmax(-1)[..., num_prefix:].mean(1)
+    return logits.softmax(-1)[..., num_prefix:].mean(1).float()
 
 
 def attention_column_mean(qkv: QKV, num_prefix: int) -> Tensor:
-    """Return the attention each patch token receives, mean over heads and queries (Kim et al. 2021; Evo-ViT table 4).
+    """Return the attention each patch token receives, mean over heads and queries (Evo-ViT, table 4).
 
-    For hosts without a class token. The column sums need every row, so the weights are formed one head at a time:
-    (B, T, T) float32 is the peak.
+    For hosts without a class token. The column sums need every row, so the weights are formed one head at a
+    time: (B, T, T) float32 is the peak.
 
     Returns:
         (B, N) float32, each in [0, 1].
@@ -43,12 +43,19 @@ def attention_column_mean(qkv: QKV, num_prefix: int) -> Tensor:
 
 
 def evolve(old: Tensor | None, new: Tensor, trade_off: float) -> Tensor:
-    """Return the running score trade_off * old + (1 - trade_off) * new (Evo-ViT eq. 4); `new` if there is no old."""
+    """Return trade_off * old + (1 - trade_off) * new (Evo-ViT eq. 4); `new` if there is no old."""
     return new if old is None or trade_off == 0 else trade_off * old + (1 - trade_off) * new
 
 
-def scattered_score(index: Tensor, salt: int) -> Tensor:
-    """Return a fixed pseudo-random score per raster position, (B, N) float32 in [0, 1); equal on every device."""
+def random_score(index: Tensor, salt: int | None) -> Tensor:
+    """Return a random score per token, (B, N) float32 in [0, 1).
+
+    Args:
+        index: (B, N) raster positions.
+        salt: None draws afresh; a number gives every position its fixed score, equal on every device and run.
+    """
+    if salt is None:
+        return torch.rand_like(index, dtype=torch.float32)
     mixed = (index + 1) * 2654435761 + (salt + 1) * 40503
     mixed = ((mixed ^ (mixed >> 15)) * 2246822519) & 0xFFFFFFFF
     mixed = ((mixed ^ (mixed >> 13)) * 3266489917) & 0xFFFFFF

@@ -18,8 +18,8 @@ class Split(NamedTuple):
 def split_top(score: Tensor, keep: int) -> Split:
     """Keep the `keep` best scores of each image; equal scores: the lower position wins, on every device.
 
-    Scores become unique integer keys (bits of the float, then the position), of which only the best `keep` are found:
-    no sort of all tokens.
+    Scores become unique integer keys (bits of the float, then the position), of which only the best `keep`
+    are found: no sort of all tokens.
 
     Args:
         score: (B, N) float32, not NaN.
@@ -27,7 +27,7 @@ def split_top(score: Tensor, keep: int) -> Split:
     """
     batch, num = score.shape
     position = torch.arange(num, device=score.device)
-    bits = (score.detach() + 0.0).contiguous().view(torch.int32)  # + 0.0 turns -0.0 into 0.0
+    bits = (score.detach().float() + 0.0).contiguous().view(torch.int32)  # + 0.0 turns -0.0 into 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # an integer that grows with the float
     key = ordered.long() * num + (num - 1 - position)  # (B, N), unique
     kept = key >= key.topk(keep, sorted=False).values.amin(-1, keepdim=True)

@@ -1,0 +1,84 @@
+"""Structured sub-sampling in one block: the pooling and convolution rows of Evo-ViT's table 4 (AAAI 2022).
+
+The paper pools "at the seventh layer" (block 6); window and convolution are not given, so a window equals its
+stride and the convolution starts as the average, which makes it usable before training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from evovit.backbones.base import BackboneSpec, Block
+from evovit.errors import EvoViTError
+from evovit.methods import register
+from evovit.methods.base import Method
+from evovit.ops.select import take
+from evovit.tokens import Tokens
+
+Kind = Literal["average", "max", "conv"]
+
+
+@register("subsample")
+class Subsample(Method):
+    """Average, max or convolution pooling of the patch grid before one block."""
+
+    keeps_grid = True
+    needs_class_token = False
+    keep_all: ClassVar = {"stride": 1}
+    example: ClassVar = {"block": 2}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Method.Config):
+        """Options of sub-sampling."""
+
+        kind: Kind = "average"
+        block: int = 6  # pools before this block, counted from 0
+        stride: int = 2  # side of the window, in patches
+
+    def __init__(self, config: Config, spec: BackboneSpec) -> None:
+        super().__init__(config, spec)
+        if config.kind not in get_args(Kind):
+            raise EvoViTError(f"kind is {config.kind!r}; allowed is one of {', '.join(get_args(Kind))}.")
+        if not 0 <= config.block < spec.depth:
+            raise EvoViTError(f"block is {config.block}; allowed is 0 to {spec.depth - 1} for this model.")
+        if not 1 <= config.stride <= min(spec.grid):
+            raise EvoViTError(
+                f"stride is {config.stride}; allowed is 1 to {min(spec.grid)}, the grid's shorter side."
+            )
+        self.conv = (
+            nn.Conv2d(spec.dims[0], spec.dims[0], config.stride, config.stride)
+            if config.kind == "conv"
+            else None
+        )
+        if self.conv is not None:
+            with torch.no_grad():
+                share = 1 / config.stride**2
+                self.conv.weight.copy_(
+                    torch.eye(spec.dims[0])[:, :, None, None].expand_as(self.conv.weight) * share
+                )
+                nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+
+    def run_block(self, block: Block, tokens: Tokens) -> Tokens:
+        return block(self.pool(tokens) if block.number == self.config.block else tokens)
+
+    def pool(self, tokens: Tokens) -> Tokens:
+        """Pool the grid; a token takes the position of its window's first patch. Ragged edges are cut off."""
+        side, (rows, columns) = self.config.stride, tokens.grid
+        grid = tokens.patches.transpose(1, 2).unflatten(2, (rows, columns))  # type: ignore[no-untyped-call]
+        pooled = self._pool_map(grid, side)  # (B, C, rows // side, columns // side)
+        shape = (pooled.shape[2], pooled.shape[3])
+        cells = torch.arange(rows * columns, device=grid.device).view(rows, columns)
+        first = cells[::side, ::side][: shape[0], : shape[1]].flatten()
+        index = take(tokens.index, first.expand(grid.shape[0], -1))
+        x = torch.cat((tokens.prefix, pooled.flatten(2).transpose(1, 2)), dim=1)
+        return tokens.change(x=x, index=index, grid=shape)
+
+    def _pool_map(self, grid: Tensor, side: int) -> Tensor:
+        if self.conv is not None:
+            return self.conv(grid)  # type: ignore[no-any-return]
+        return F.avg_pool2d(grid, side) if self.config.kind == "average" else F.max_pool2d(grid, side)

@@ -1,0 +1,107 @@
+"""Checkpoints of the official implementations, read into ready models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evovit.errors import EvoViTError
+from evovit.model import ReducedViT
+from evovit.models.evo_deit import build_evo_deit
+from evovit.run.files import read_state_dict
+
+
+def load_official(name: str, source: str | Path | Mapping[str, Tensor], **options: Any) -> ReducedViT:
+    """Load a checkpoint of a method's official implementation and return the ready model, in evaluation mode.
+
+    Args:
+        name: the method, as in `list_methods`.
+        source: path of the file, or its state dict. What the tensors tell is not asked for.
+        options: `num_heads` (no tensor tells it); `img_size` if the images are not square; the method's own
+            options, whose defaults here are the released code's.
+
+    Raises:
+        EvoViTError: unknown method, missing or damaged file, a checkpoint of another model, contradicting
+        options.
+    """
+    if name not in LOADERS:
+        raise EvoViTError(f"There is no official loader {name!r}; there are {', '.join(sorted(LOADERS))}.")
+    state = dict(source) if isinstance(source, Mapping) else read_state_dict(source)
+    return LOADERS[name](state, **options).eval()
+
+
+def _load_evo_vit(
+    state: dict[str, Tensor], *, num_heads: int | None = None, img_size: Any = None, **options: Any
+) -> ReducedViT:
+    """Map the released Evo-DeiT layout (q/k and v apart, norms and projections outside) to timm's."""
+    depth = sum(key.startswith("qks.") and key.endswith(".qk.weight") for key in state)
+    if (
+        not depth
+        or "pos_embed" not in state
+        or "patch_embed.proj.weight" not in state
+        or "head.weight" not in state
+    ):
+        missing = next(
+            k
+            for k in ("qks.0.qk.weight", "pos_embed", "patch_embed.proj.weight", "head.weight")
+            if k not in state
+        )
+        raise EvoViTError(
+            f"This is not an official Evo-ViT (DeiT) checkpoint: {missing!r} is missing. Load another "
+            "model's weights into its own host and wrap that with evovit.reduce_tokens."
+        )
+    width, channels = state["patch_embed.proj.weight"].shape[:2]
+    patch = tuple(state["patch_embed.proj.weight"].shape[2:])
+    if num_heads is None or num_heads < 1 or width % num_heads:
+        raise EvoViTError(
+            f"num_heads is {num_heads}; give the number of attention heads, a divisor of the width {width} "
+            "(DeiT: width / 64)."
+        )
+    patches = state["pos_embed"].shape[1] - 1
+    img_size = (isqrt(patches) * patch[0], isqrt(patches) * patch[1]) if img_size is None else img_size
+    height, width_px = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if (height // patch[0]) * (width_px // patch[1]) != patches:
+        raise EvoViTError(
+            f"img_size {height} x {width_px} has {(height // patch[0]) * (width_px // patch[1])} patches, "
+            f"but the checkpoint has {patches} positions; leave img_size out for square images."
+        )
+    mapped = {
+        key: value
+        for key, value in state.items()
+        if key.split(".")[0] not in ("qks", "vs", "norms", "projs", "norm")
+    }
+    heads = {key: mapped.pop(key) for key in list(mapped) if key.split(".")[0] in ("norm_cls", "head_cls")}
+    try:
+        for i in range(depth):
+            for part in ("weight", "bias"):
+                mapped[f"blocks.{i}.norm1.{part}"] = state[f"norms.{i}.{part}"]
+                mapped[f"blocks.{i}.attn.proj.{part}"] = state[f"projs.{i}.{part}"]
+                mapped[f"blocks.{i}.attn.qkv.{part}"] = torch.cat(
+                    (state[f"qks.{i}.qk.{part}"], state[f"vs.{i}.v.{part}"])
+                )
+        mapped |= {f"fc_norm.{part}": state[f"norm.{part}"] for part in ("weight", "bias")}
+        model = build_evo_deit(
+            img_size=(height, width_px),
+            patch_size=patch,
+            in_chans=channels,
+            num_classes=state["head.weight"].shape[0],
+            embed_dim=width,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+            **({"assisted_head": bool(heads)} | options),
+        )
+        model.model.load_state_dict(mapped)
+        if heads and model.method.class_head is not None:
+            model.method.class_head.load_state_dict(heads)
+    except (KeyError, RuntimeError) as error:
+        raise EvoViTError(f"The Evo-ViT checkpoint is incomplete or inconsistent: {error}") from error
+    return model
+
+
+LOADERS: dict[str, Callable[..., ReducedViT]] = {"evo_vit": _load_evo_vit}

@@ -1,0 +1,108 @@
+"""The operators against plain Python on 2 images of 6 tokens."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from evovit.ops.score import attention_column_mean, class_attention, evolve, random_score
+from evovit.ops.select import put, split_top, take, with_prefix
+from evovit.ops.update import representative
+from evovit.tokens import QKV
+
+
+def some_qkv(prefix: int = 1, patches: int = 6) -> QKV:
+    q, k, v = torch.randn(3, 2, 3, prefix + patches, 4)
+    return QKV(q, k, v, 0.5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_class_attention_is_the_class_row_of_the_full_matrix(bias: bool) -> None:
+    qkv = some_qkv(prefix=2)
+    qkv = qkv._replace(bias=torch.randn(1, 3, 8, 8)) if bias else qkv
+    full = qkv.q @ qkv.k.transpose(-2, -1) * qkv.scale + (qkv.bias if bias else 0)
+    expected = full.softmax(-1).mean(1)[:, 0, 2:]
+    assert torch.allclose(class_attention(qkv, 2), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_column_mean_is_the_attention_a_token_receives(bias: bool) -> None:
+    qkv = some_qkv()
+    qkv = qkv._replace(bias=torch.randn(1, 3, 7, 7)) if bias else qkv
+    full = qkv.q @ qkv.k.transpose(-2, -1) * qkv.scale + (qkv.bias if bias else 0)
+    expected = full.softmax(-1).mean((1, 2))[:, 1:]
+    assert torch.allclose(attention_column_mean(qkv, 1), expected, atol=1e-6)
+
+
+def test_scores_are_float32_for_every_precision() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        qkv = QKV(*(x.to(dtype) for x in some_qkv()[:3]), 0.5)
+        assert class_attention(qkv, 1).dtype == torch.float32
+
+
+def test_evolve_weighs_the_old_score_with_the_trade_off() -> None:
+    old, new = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    assert torch.allclose(evolve(old, new, 0.75), torch.tensor([[0.75, 0.5]]))
+    assert torch.equal(evolve(None, new, 0.75), new)
+
+
+def test_random_score_is_fixed_by_position_and_salt() -> None:
+    index = torch.arange(196).expand(2, 196)
+    one = random_score(index, 3)
+    assert torch.equal(one, random_score(index.flip(1), 3).flip(1))
+    assert not torch.equal(one, random_score(index, 4))
+    assert one.min() >= 0 and one.max() < 1 and 0.4 < one.mean() < 0.6
+
+
+@pytest.mark.parametrize("keep", [1, 2, 5, 6])
+def test_split_keeps_the_best_in_raster_order(keep: int) -> None:
+    score = torch.randn(2, 6)
+    split = split_top(score, keep)
+    for image in range(2):
+        best = sorted(sorted(range(6), key=lambda n: -score[image, n].item())[:keep])
+        assert split.rows[image].tolist() == best
+        assert split.kept[image].nonzero().flatten().tolist() == best
+
+
+def test_equal_scores_fall_to_the_lower_position() -> None:
+    score = torch.tensor([[0.5, 1.0, 0.5, 0.5, 0.0, -0.0], [0.0] * 6])
+    assert split_top(score, 3).rows.tolist() == [[0, 1, 2], [0, 1, 2]]
+    assert split_top(score, 5).rows[0].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_split_orders_negative_tiny_and_huge_scores() -> None:
+    score = torch.tensor([[-1e30, 3e38, -1e-30, 1e-38, -2.0, math.inf]])
+    assert split_top(score, 2).rows.tolist() == [[1, 5]]
+    assert split_top(score, 4).rows.tolist() == [[1, 2, 3, 5]]
+
+
+def test_put_undoes_take_and_leaves_its_input() -> None:
+    x, rows = torch.randn(2, 6, 3), torch.tensor([[0, 2, 5], [1, 2, 3]])
+    before = x.clone()
+    taken = take(x, rows)
+    assert torch.equal(taken[1, 0], x[1, 1])
+    assert torch.equal(put(x, rows, taken), x)
+    changed = put(x, rows, taken + 1)
+    assert torch.equal(x, before)
+    assert torch.equal(take(changed, rows), taken + 1)
+    assert torch.equal(changed[0, 1], x[0, 1])
+
+
+def test_prefix_rows_come_first() -> None:
+    assert with_prefix(torch.tensor([[1, 4]]), 2).tolist() == [[0, 1, 3, 6]]
+
+
+def test_representative_is_the_score_weighted_mean_of_the_waiting() -> None:
+    patches, score = torch.randn(2, 6, 3), torch.rand(2, 6)
+    split = split_top(score, 5)
+    rep = representative(patches, score, split.kept)
+    for image in range(2):
+        only = (~split.kept[image]).nonzero().item()
+        assert torch.allclose(rep[image, 0], patches[image, only], atol=1e-6)
+    two = representative(patches, score, split_top(score, 4).kept)
+    waiting = (~split_top(score, 4).kept[0]).nonzero().flatten().tolist()
+    weights = [score[0, n] / sum(score[0, m] for m in waiting) for n in waiting]
+    expected = sum(w * patches[0, n] for w, n in zip(weights, waiting, strict=True))
+    assert torch.allclose(two[0, 0], expected, atol=1e-6)

@@ -1,0 +1,146 @@
+"""Files in and out: official checkpoints, saved models, one sentence for everything wrong with them."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tests.conftest import GOLDEN, Golden, make_host, pictures
+
+import evovit
+from evovit.run.checkpoint import load_reduced, save_reduced
+from evovit.run.files import read_state_dict, write_atomically
+
+
+@pytest.fixture(scope="module")
+def official() -> dict[str, Any]:
+    return Golden("evo_deit").state_dict()
+
+
+def test_reads_the_authors_file_layout(official: dict[str, Any], tmp_path: Path) -> None:
+    """A .pth with an argparse.Namespace beside the weights, as the official trainer writes."""
+    path = tmp_path / "checkpoint.pth"
+    prefixed = {f"module.{k}": v for k, v in official.items()}
+    torch.save({"model": prefixed, "epoch": 299, "args": argparse.Namespace(lr=5e-4)}, path)
+    case = Golden("evo_deit").case("eval_stage_keep0.5")
+    model = evovit.load_official("evo_vit", path, num_heads=3)
+    with torch.no_grad():
+        logits = model(Golden("evo_deit").images(case))
+    assert torch.allclose(logits, Golden("evo_deit").out(case, "logits"), atol=1e-5)
+    assert model.num_classes == 10 and not model.training
+
+
+def test_official_weights_go_without_the_training_head(official: dict[str, Any]) -> None:
+    state = {k: v for k, v in official.items() if not k.startswith(("norm_cls", "head_cls"))}
+    assert evovit.load_official("evo_vit", state, num_heads=3).method.class_head is None
+
+
+def save_broken(kind: str, folder: Path) -> Path:
+    path = folder / f"{kind}.pth"
+    if kind == "truncated":
+        torch.save({"model": {"a": torch.randn(1000)}}, path)
+        path.write_bytes(path.read_bytes()[:2000])
+    elif kind == "truncated_safetensors":
+        path = folder / "cut.safetensors"
+        path.write_bytes((GOLDEN / "units_evo.safetensors").read_bytes()[:1000])
+    elif kind == "code":
+        path.write_bytes(pickle.dumps({"model": print}))
+    elif kind == "list":
+        torch.save([torch.ones(1)], path)
+    elif kind == "empty":
+        path.write_bytes(b"")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("missing", "There is no checkpoint file"),
+        ("truncated", "cannot be read as a checkpoint"),
+        ("truncated_safetensors", "cannot be read as a checkpoint"),
+        ("code", "is no checkpoint of plain tensors"),
+        ("list", "holds no state dict"),
+        ("empty", "cannot be read as a checkpoint"),
+    ],
+)
+def test_unreadable_files_are_refused_in_one_sentence(kind: str, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(evovit.EvoViTError, match=sentence):
+        evovit.load_official("evo_vit", save_broken(kind, tmp_path), num_heads=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({}, "num_heads is None; give the number of attention heads, a divisor of the width 48"),
+        ({"num_heads": 5}, "num_heads is 5"),
+        ({"num_heads": 3, "img_size": 384}, "has 576 patches, but the checkpoint has 196 positions"),
+        ({"num_heads": 3, "keep_ratio": 1.5}, "keep_ratio is 1.5"),
+    ],
+)
+def test_contradicting_options_are_refused(
+    official: dict[str, Any], options: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(evovit.EvoViTError, match=sentence):
+        evovit.load_official("evo_vit", official, **options)
+
+
+def test_another_models_checkpoint_is_refused(official: dict[str, Any]) -> None:
+    with pytest.raises(evovit.EvoViTError, match="not an official Evo-ViT .* 'qks.0.qk.weight' is missing"):
+        evovit.load_official("evo_vit", make_host("vit").state_dict(), num_heads=3)
+    with pytest.raises(evovit.EvoViTError, match="incomplete or inconsistent"):
+        evovit.load_official(
+            "evo_vit", {k: v for k, v in official.items() if k != "norms.3.bias"}, num_heads=3
+        )
+    with pytest.raises(evovit.EvoViTError, match="no official loader 'tome'; there are"):
+        evovit.load_official("tome", official)
+
+
+def test_a_loaded_model_keeps_the_mode_it_was_saved_in(tmp_path: Path) -> None:
+    reduced = evovit.reduce_tokens(make_host("vit"), "evo_vit", start_block=1, stage_length=2)
+    reduced.method.mode = "layer"
+    save_reduced(reduced, tmp_path / "model")
+    loaded = load_reduced(tmp_path / "model", make_host("vit"))
+    assert loaded.method.mode == "layer"
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(pictures()), reduced.eval()(pictures()))
+
+
+def test_saved_host_weights_load_into_the_plain_host(tmp_path: Path) -> None:
+    reduced = evovit.reduce_tokens(make_host("vit"), "evo_vit", start_block=1)
+    save_reduced(reduced, tmp_path)
+    plain = make_host("vit")
+    plain.load_state_dict(read_state_dict(tmp_path / "model.safetensors"))
+
+
+def test_damaged_folders_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(evovit.EvoViTError, match="give a folder written by save_reduced"):
+        load_reduced(tmp_path / "nothing", make_host("vit"))
+    reduced = evovit.reduce_tokens(make_host("vit"), "evo_vit", start_block=1)
+    save_reduced(reduced, tmp_path / "model")
+    with pytest.raises(evovit.EvoViTError, match="do not fit the host Eva"):
+        load_reduced(tmp_path / "model", make_host("eva02"))
+    (tmp_path / "model" / "method.json").write_text('{"method": ')
+    with pytest.raises(evovit.EvoViTError, match="is damaged or not written by evovit"):
+        load_reduced(tmp_path / "model", make_host("vit"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(evovit.EvoViTError, match="is a file; give a folder"):
+        save_reduced(reduced, tmp_path / "file")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({"a": torch.ones(2)}, path)
+
+    def fail(temporary: Path) -> None:
+        temporary.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, fail)
+    assert torch.equal(read_state_dict(path)["a"], torch.ones(2))
+    assert [p.name for p in tmp_path.iterdir()] == ["weights.safetensors"]

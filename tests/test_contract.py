@@ -1,0 +1,226 @@
+"""What every method promises on every host, from the registries: a new method is tested without an edit here.
+
+Run time is dominated by tracing (`fullgraph`, export); both use a tiny host of four blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import evovit
+from evovit.methods import find_method
+from evovit.run.checkpoint import load_reduced, save_reduced
+from tests.conftest import HOSTS, make_host, pictures
+
+METHODS = evovit.list_methods()
+
+
+def variants(name: str) -> list[dict[str, Any]]:
+    """Return the options to test a method with: its example, and one for each other mode."""
+    cls = find_method(name)
+    modes = [{"mode": "layer"}] if hasattr(cls.Config, "mode") else []
+    return [cls.example, *({**cls.example, **mode} for mode in modes)]
+
+
+def wrap(host: nn.Module, name: str, options: dict[str, Any]) -> evovit.ReducedViT:
+    """Wrap a host; one without class token gets the score that is made for it."""
+    if getattr(host, "cls_token", None) is None and hasattr(find_method(name).Config, "selection"):
+        options = options | {"selection": "column_mean"}
+    return evovit.reduce_tokens(host, name, **options)
+
+
+PAIRS = [(method, host) for method in METHODS for host in HOSTS]
+ON_VIT = [(m, o) for m in METHODS for o in variants(m)]
+IDS = [f"{m}-{o.get('mode', 'default')}" for m, o in ON_VIT]
+
+
+@pytest.mark.parametrize(("method", "host"), PAIRS)
+def test_keeping_everything_is_the_host_exactly(method: str, host: str) -> None:
+    model, images = make_host(host), pictures()
+    cls = find_method(method)
+    reduced = wrap(model, method, cls.example | cls.keep_all)
+    with torch.no_grad():
+        expected = model(images)
+        assert (reduced(images) - expected).abs().max() <= 1e-5 * expected.abs().max()
+        features = model.forward_features(images)
+        assert (reduced.forward_features(images) - features).abs().max() <= 1e-5 * features.abs().max()
+
+
+@pytest.mark.parametrize(("method", "host"), PAIRS)
+def test_reduces_protects_the_prefix_and_ignores_the_batch(method: str, host: str) -> None:
+    for options in variants(method):
+        reduced, images = wrap(make_host(host), method, options), pictures(3)
+        with torch.no_grad():
+            outputs = reduced.run(images, record=True)
+            alone = reduced(images[1:2])
+        prefix = outputs.tokens.num_prefix
+        assert prefix == reduced.method.spec.num_prefix
+        assert min(tokens.num_patches for tokens in outputs.trace) < 16
+        for tokens in outputs.trace:
+            assert tokens.num_prefix == prefix
+            assert tokens.x.shape[1] == prefix + tokens.index.shape[1]
+            real = tokens.index[tokens.index >= 0].view(3, -1)
+            assert real.max() < 16
+            assert all(len(set(row.tolist())) == len(row) for row in real)
+        assert torch.isfinite(outputs.logits).all()
+        assert torch.allclose(outputs.logits[1:2], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "host"), PAIRS)
+def test_every_parameter_gets_a_gradient(method: str, host: str) -> None:
+    cls = find_method(method)
+    extra = {"assisted_head": True} if hasattr(cls.Config, "assisted_head") else {}
+    for options in variants(method):
+        reduced = wrap(make_host(host), method, options | extra).train()
+        outputs = reduced.run(pictures())
+        loss = outputs.logits.square().mean() + sum(x.square().mean() for x in outputs.extra_logits.values())
+        loss.backward()
+        without = [
+            name for name, p in reduced.named_parameters() if p.grad is None or not p.grad.isfinite().all()
+        ]
+        assert not without
+
+
+@pytest.mark.parametrize(("method", "options"), ON_VIT, ids=IDS)
+def test_training_and_evaluation_agree_without_dropout(method: str, options: dict[str, Any]) -> None:
+    reduced, images = wrap(make_host("vit"), method, options), pictures()
+    with torch.no_grad():
+        assert torch.equal(reduced.train()(images), reduced.eval()(images))
+
+
+def check_one_graph(method: str, options: dict[str, Any], host: str) -> None:
+    for training in (False, True):
+        torch._dynamo.reset()
+        reduced, images = wrap(make_host(host), method, options).train(training), pictures()
+        compiled = torch.compile(reduced, fullgraph=True, backend="aot_eager")
+        with torch.set_grad_enabled(training):
+            expected, actual = reduced(images), compiled(images)
+        assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-5)
+        if training:
+            actual.square().mean().backward()
+
+
+@pytest.mark.parametrize(("method", "options"), ON_VIT, ids=IDS)
+@pytest.mark.parametrize("host", ["vit_avg", "eva02"])
+def test_compiles_in_one_graph(method: str, options: dict[str, Any], host: str) -> None:
+    check_one_graph(method, options, host)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "options"), ON_VIT, ids=IDS)
+@pytest.mark.parametrize("host", sorted(set(HOSTS) - {"vit_avg", "eva02"}))
+def test_compiles_in_one_graph_on_every_host(method: str, options: dict[str, Any], host: str) -> None:
+    check_one_graph(method, options, host)
+
+
+@pytest.mark.parametrize(("method", "options"), ON_VIT, ids=IDS)
+@pytest.mark.parametrize("host", ["vit_avg", "eva02"])
+def test_exports_with_a_dynamic_batch(method: str, options: dict[str, Any], host: str) -> None:
+    reduced = wrap(make_host(host), method, options)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own exporter
+        program = torch.export.export(reduced, (pictures(2),), dynamic_shapes=({0: batch},)).module()
+    with torch.no_grad():
+        for count in (1, 5):
+            images = pictures(count, seed=count)
+            assert torch.allclose(program(images), reduced(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "host"), PAIRS)
+def test_half_precision_stays_finite(method: str, host: str) -> None:
+    reduced = wrap(make_host(host).bfloat16(), method, find_method(method).example)
+    reduced.method.bfloat16()
+    with torch.no_grad():
+        logits = reduced(pictures().bfloat16())
+    assert logits.dtype == torch.bfloat16
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(("method", "options"), ON_VIT, ids=IDS)
+def test_copies_pickles_and_recomputes(method: str, options: dict[str, Any]) -> None:
+    reduced, images = wrap(make_host("vit"), method, options), pictures()
+    with torch.no_grad():
+        expected = reduced(images)
+        assert torch.equal(copy.deepcopy(reduced)(images), expected)
+        assert torch.equal(pickle.loads(pickle.dumps(reduced))(images), expected)
+    gradients = []
+    for recompute in (False, True):
+        reduced.train().set_grad_checkpointing(recompute)
+        reduced.zero_grad()
+        reduced(images).square().mean().backward()
+        gradients.append([p.grad.clone() for p in reduced.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize(("method", "options"), ON_VIT, ids=IDS)
+def test_saves_and_loads_exactly(method: str, options: dict[str, Any], tmp_path: Path) -> None:
+    reduced, images = wrap(make_host("vit"), method, options), pictures()
+    save_reduced(reduced, tmp_path / "own", include_model=False)
+    save_reduced(reduced, tmp_path / "all", include_model=True)
+    fresh = make_host("vit")
+    with torch.no_grad():
+        expected = reduced(images)
+        assert torch.equal(load_reduced(tmp_path / "own", fresh).eval()(images), expected)
+        for p in fresh.parameters():
+            p.zero_()
+        assert torch.equal(load_reduced(tmp_path / "all", fresh).eval()(images), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_host_stays_untouched(method: str) -> None:
+    host = make_host("vit")
+    before, keys = {k: v.clone() for k, v in host.state_dict().items()}, list(host.state_dict())
+    images = pictures()
+    with torch.no_grad():
+        expected = host(images)
+        reduced = wrap(host, method, find_method(method).example)
+        reduced(images)
+        assert reduced.model is host
+        assert list(host.state_dict()) == keys
+        assert all(torch.equal(v, before[k]) for k, v in host.state_dict().items())
+        assert torch.equal(host(images), expected)
+    reduced.model.load_state_dict(before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_grid_keeping_method_gives_a_map_in_raster_order(method: str) -> None:
+    """Each patch is painted with its own grey; the map must show the same order."""
+    host = make_host("vit_avg")
+    with torch.no_grad():
+        for block in host.blocks:
+            for p in (*block.attn.proj.parameters(), *block.mlp.fc2.parameters()):
+                p.zero_()
+        host.pos_embed.zero_()
+    cls = find_method(method)
+    if not cls.keeps_grid:
+        pytest.skip("the method does not keep the grid")
+    reduced = wrap(host, method, cls.example)
+    ramp = torch.arange(16.0).view(1, 1, 4, 4).expand(1, 3, 4, 4)
+    images = torch.nn.functional.interpolate(ramp, scale_factor=8)
+    with torch.no_grad():
+        order = reduced.feature_map(images)
+        direct = host.patch_embed(images).transpose(1, 2).unflatten(2, (4, 4))
+    if order.shape == direct.shape:
+        assert torch.allclose(order, direct, atol=1e-5)
+    else:  # a smaller grid: windows of the same order
+        assert torch.allclose(order, torch.nn.functional.avg_pool2d(direct, 4 // order.shape[-1]), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "options"), ON_VIT, ids=IDS)
+def test_the_default_compiler_agrees(method: str, options: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    reduced, images = wrap(make_host("vit_avg"), method, options), pictures()
+    with torch.no_grad():
+        assert torch.allclose(
+            torch.compile(reduced, fullgraph=True)(images), reduced(images), rtol=1e-4, atol=1e-5
+        )

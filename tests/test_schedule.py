@@ -1,0 +1,42 @@
+"""How many tokens each block keeps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from evovit.errors import EvoViTError
+from evovit.schedule import KeepSchedule
+
+
+def test_counts_follow_the_ratio_for_any_grid() -> None:
+    schedule = KeepSchedule.from_block(12, 0.5, 4)
+    assert [schedule.count(i, 196) for i in (3, 4, 11)] == [None, 98, 98]
+    assert schedule.count(4, 577) == 288  # int truncates
+    assert KeepSchedule((0.7,), math.ceil).count(0, 196) == 138
+
+
+def test_at_least_one_token_is_kept_and_a_full_count_is_no_reduction() -> None:
+    assert KeepSchedule((0.01,)).count(0, 16) == 1
+    assert KeepSchedule((1.0,)).count(0, 16) is None
+
+
+@pytest.mark.parametrize(("multiple", "keep"), [(1, 98), (8, 94), (16, 94), (64, 126)])
+def test_rows_that_enter_a_block_are_rounded_to_a_multiple(multiple: int, keep: int) -> None:
+    """With a class token and a representative token, 100 rows at ratio 0.5."""
+    schedule = KeepSchedule.from_block(12, 0.5, 4, multiple)
+    count = schedule.count(4, 196, others=2)
+    assert count == keep
+    assert (count + 2) % multiple == 0
+
+
+def test_stages_are_counted_from_the_first_reducing_block() -> None:
+    schedule = KeepSchedule.from_block(12, 0.5, 4)
+    assert [i for i in range(12) if i >= 4 and schedule.starts_stage(i, 4)] == [4, 8]
+    assert [schedule.stage_start(i, 4) for i in (3, 4, 7, 8, 11)] == [3, 4, 4, 8, 8]
+
+
+def test_a_multiple_out_of_range_is_refused() -> None:
+    with pytest.raises(EvoViTError, match="multiple_of is 0; allowed is 1 to 256"):
+        KeepSchedule.from_block(12, 0.5, 4, 0)
