@@ -1,0 +1,141 @@
+"""Print the targets table of the project on one GPU, in under 8 minutes.
+
+    python benchmarks/gpu_table.py OUT.jsonl [--only PATTERN] [--rounds 30]
+
+Each group measures the dense model beside the reduced ones, in turn, in one process. Rows are printed and
+appended to OUT.jsonl as soon as a group is done, so a killed run loses one group at most. PATTERN is a
+regular expression on the group's name: batch-1, DeiT-S, train, 384, DeiT-B.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+
+from evovit.run.benchmark import Extras, measure
+from evovit.run.row import Row
+from evovit.run.setting import Setting, Variant
+
+SMALL, BASE = "deit_small_patch16_224", "deit_base_patch16_224"
+EVO = {
+    (mode, fast): Variant("evo_vit", {"mode": mode, "fast_update": fast})
+    for mode in ("stage", "layer")
+    for fast in (False, True)
+}
+STAGE, STAGE_FAST, LAYER, LAYER_FAST = EVO.values()
+NOTHING = Variant("evo_vit", {"keep_ratio": 1.0})  # the wrapper alone; target: at most 2 % slower
+
+
+class Group(NamedTuple):
+    """One comparison."""
+
+    name: str
+    setting: dict[str, Any]
+    variants: tuple[Variant, ...]
+
+
+GROUPS = (  # launch-bound batch 1 first: what a profiler leaves behind could slow launches
+    Group("batch-1", {"model": SMALL, "batch": 1, "modes": ("compiled", "graphs")}, (STAGE, LAYER_FAST)),
+    Group("DeiT-S", {"model": SMALL, "batch": 256, "modes": ("eager", "compiled")}, (*EVO.values(), NOTHING)),
+    Group(
+        "train",
+        {"model": SMALL, "batch": 256, "modes": ("compiled",), "train": True},
+        (STAGE_FAST, LAYER_FAST),
+    ),
+    Group("384", {"model": SMALL, "batch": 256, "modes": ("compiled",), "size": 384}, (STAGE, STAGE_FAST)),
+    Group("DeiT-B", {"model": BASE, "batch": 256, "modes": ("compiled",)}, tuple(EVO.values())),
+)
+
+
+def target(group: Group, row: Row) -> tuple[float, str] | None:
+    """Return the least speed-up asked for (measurements.md, section 3) and whether it is met."""
+    layer = row.options.get("mode") == "layer"
+    if row.method == "dense" or (row.mode == "eager") or row.speedup is None:
+        return None
+    if row.options.get("keep_ratio") == 1.0:
+        least = 1 / 1.02
+    elif group.name == "batch-1":
+        least = 1.0
+        if row.mode != "graphs":
+            return None
+    else:
+        least = {"train": 1.40, "384": 1.50}.get(group.name, 1.36 if layer else 1.45)
+    noise = row.speedup * (row.noise or 0)
+    if row.speedup - noise < least <= row.speedup + noise:
+        return least, "undecided by the noise"
+    return least, "met" if row.speedup > least else "MISSED"
+
+
+def line(group: Group, row: Row) -> str:
+    """Return the row as printed."""
+    head = f"{group.name:8} {row.mode:9} {row.name:40}"
+    if row.median_ms is None:
+        return f"{head} skipped: {row.skipped}"
+    memory = f"{row.peak_memory_mb or 0:7.0f} MB ({row.memory_ratio or 1:.2f})"
+    text = (
+        f"{head} {row.median_ms:8.3f} ms  p95 {row.p95_ms:8.3f}  {row.images_per_second:8.0f} im/s {memory}"
+    )
+    text += f"  {row.kernels or 0:4d} kernels  breaks {row.graph_breaks} recompiles {row.recompiles}"
+    if row.method != "dense" and row.speedup is not None and row.conversion is not None:
+        text += f"  | {row.speedup:.3f}x ± {row.noise:.1%}, ceiling {row.mac_ratio:.2f}, "
+        text += f"conversion {row.conversion:.2f}, over best dense {row.speedup_over_best_dense:.3f}x"
+        asked = target(group, row)
+        text += f"  | target {asked[0]:.2f}: {asked[1]}" if asked else ""
+    return text
+
+
+def main() -> None:
+    """Run the groups."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--only", default="", help="regular expression on a group's name")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--parts", action="store_true", help="also print where the time goes")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--batch", type=int, help="instead of the groups' own; for a trial run")
+    options = parser.parse_args()
+    start, where = time.perf_counter(), options.device
+    device = torch.cuda.get_device_name() if where == "cuda" else where
+    environment = {"device_name": device, "torch": torch.__version__, "timm": timm.__version__}
+    print(json.dumps(environment), flush=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    failed = False
+    chosen = [group for group in GROUPS if re.search(options.only, group.name)]
+    if not chosen:
+        parser.error(f"no group matches {options.only!r}; there are {', '.join(g.name for g in GROUPS)}")
+    for group in chosen:
+        shared = group.setting | ({"batch": options.batch} if options.batch else {})
+        setting = Setting(device=where, dtype="bf16", rounds=options.rounds, **shared)
+        try:
+            rows = measure(
+                setting, group.variants, Extras(count_macs=False), lambda text: print(f"  {text}", flush=True)
+            )
+        except Exception:  # the other groups still have their say
+            traceback.print_exc()
+            failed = True
+            continue
+        with options.out.open("a") as file:
+            for row in rows:
+                file.write(json.dumps({"group": group.name, **asdict(row), **environment}) + "\n")
+        for row in rows:
+            print(line(group, row), flush=True)
+            if options.parts and row.parts_ms:
+                print("    " + ", ".join(f"{part} {ms:.3f}" for part, ms in row.parts_ms.items()), flush=True)
+        print(f"  {'; '.join(rows[0].notes)} [{time.perf_counter() - start:.0f} s so far]\n", flush=True)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

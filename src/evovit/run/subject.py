@@ -1,0 +1,236 @@
+"""One model in one mode, ready to be timed: eager, compiled, or a CUDA graph of the compiled step.
+
+An inference step is a forward under `inference_mode`, weights and images in the same type. A training step is
+forward and backward in training mode, no optimiser; bf16 and fp16 then mean autocast over float32 weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.nn import functional as F
+
+from evovit.model import ReducedViT
+
+MODES = ("eager", "compiled", "graphs")
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WARM_UP_STEPS = 4
+
+Step = Callable[[int], object]  # runs one step on the i-th input (modulo their number)
+
+
+class Batch(NamedTuple):
+    """One input."""
+
+    images: Tensor  # (B, channels, height, width)
+    labels: Tensor  # (B,)
+
+
+class Subject(NamedTuple):
+    """A step ready to be timed, and what its preparation showed."""
+
+    mode: str
+    step: Step | None  # None: the mode does not work here
+    skipped: str = ""  # why not
+    peak_memory_mb: float | None = None  # of one step, with weights and input; None on the CPU
+    graph_breaks: int | None = None  # None in eager mode
+    recompiles: int | None = None
+
+    def run(self, i: int) -> object:
+        """Run one step on the i-th input."""
+        assert self.step is not None
+        return self.step(i)
+
+
+NO_GRAPHS = Subject("graphs", None, "CUDA graphs need a CUDA device")
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the mean cross-entropy over the model's heads."""
+    out = model.run(batch.images) if isinstance(model, ReducedViT) else model(batch.images)
+    if isinstance(model, ReducedViT):
+        heads = [out.logits, *out.extra_logits.values()]
+    else:
+        heads = list(out) if isinstance(out, tuple) else [out]
+    return torch.stack([F.cross_entropy(head.float(), batch.labels) for head in heads]).mean()
+
+
+@contextmanager
+def float32_precision(dtype: str, device: str) -> Iterator[None]:
+    """Let float32 products on CUDA use TF32 for "tf32", else full precision; restore the settings after."""
+    if device != "cuda":
+        yield
+        return
+    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
+
+
+def compiled(function: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+    """Compile a closure by itself.
+
+    Dynamo keeps its cache, its recompile limit and its memory of changing numbers per code object, so that
+    closures of one factory would count as recompiles of each other: this one gets its own code object.
+    """
+    code = function.__code__.replace(co_name=name)
+    own = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+    return torch.compile(own, dynamic=False)
+
+
+def forward_of(model: nn.Module, train: bool) -> Callable[..., Tensor]:
+    """Return what is compiled: images, labels -> logits, or the loss in training."""
+
+    def forward(images: Tensor, labels: Tensor) -> Tensor:
+        return loss_of(model, Batch(images, labels)) if train else model(images)
+
+    return forward
+
+
+def step_of(
+    model: nn.Module, forward: Callable[..., Tensor], dtype: str, batches: Sequence[Batch], train: bool
+) -> Step:
+    """Return the step over `batches`."""
+    device_type, half = batches[0].images.device.type, dtype in ("bf16", "fp16")
+
+    def infer(i: int) -> Tensor:
+        with torch.inference_mode():
+            return forward(*batches[i % len(batches)])
+
+    def learn(i: int) -> None:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(device_type, DTYPES[dtype] if half else None, enabled=half):
+            loss = forward(*batches[i % len(batches)])
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    return learn if train else infer
+
+
+def prepare(
+    model: nn.Module, modes: Sequence[str], dtype: str, batches: Sequence[Batch], train: bool, name: str
+) -> list[Subject]:
+    """Return one warm subject per mode; a mode that does not work here says why.
+
+    Args:
+        name: of the compiled function; unlike any other since the last `torch.compiler.reset`.
+    """
+    model.train(train)
+    forward, subjects = forward_of(model, train), []
+    if "eager" in modes:
+        step = step_of(model, forward, dtype, batches, train)
+        warm_up(step, len(batches))
+        subjects.append(Subject("eager", step, "", _peak_of_step(model, batches, step)))
+    others = [mode for mode in ("compiled", "graphs") if mode in modes]
+    if not others:
+        return subjects
+    if others == ["graphs"] and not batches[0].images.is_cuda:
+        return [*subjects, NO_GRAPHS]
+    forward = compiled(forward, name)
+    step = step_of(model, forward, dtype, batches, train)
+    try:
+        breaks, recompiles = warm_up(step, len(batches))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # Dynamo's and Inductor's errors are RuntimeErrors
+        return [*subjects, *(Subject(mode, None, _in_short(error)) for mode in others)]
+    if "compiled" in modes:
+        peak = _peak_of_step(model, batches, step)
+        subjects.append(Subject("compiled", step, "", peak, breaks, recompiles))
+    if "graphs" in modes and not batches[0].images.is_cuda:
+        subjects.append(NO_GRAPHS)
+    elif "graphs" in modes:
+        try:
+            step, graph_peak = captured(model, forward, dtype, batches, train)
+            subjects.append(Subject("graphs", step, "", graph_peak, breaks, recompiles))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            subjects.append(Subject("graphs", None, f"the capture failed: {_in_short(error)}"))
+    return subjects
+
+
+def warm_up(step: Step, num_batches: int) -> tuple[int, int]:
+    """Run every input once or more; return the graph breaks, and the graphs compiled after the first step."""
+    breaks, _ = _compile_counts()
+    step(0)
+    first_breaks, first_graphs = _compile_counts()
+    for i in range(1, max(WARM_UP_STEPS, num_batches)):
+        step(i)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return first_breaks - breaks, _compile_counts()[1] - first_graphs
+
+
+def captured(
+    model: nn.Module, forward: Callable[..., Tensor], dtype: str, batches: Sequence[Batch], train: bool
+) -> tuple[Step, float]:
+    """Capture the compiled step into a CUDA graph; the new step copies its input in and replays.
+
+    The capture is ours, not `mode="reduce-overhead"`: that one falls back silently where it cannot capture,
+    this one raises.
+
+    Returns:
+        The step, and the peak memory of the capture in MB.
+    """
+    static = Batch(*(tensor.clone() for tensor in batches[0]))
+    step = step_of(model, forward, dtype, [static], train)
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # as PyTorch's notes on whole-network capture ask for
+        warm_up(step, 1)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    held: list[Any] = []  # what the replay writes into
+
+    def capture() -> None:
+        with torch.cuda.graph(graph):
+            held.append(step(0))
+
+    peak = _peak_memory_mb(model, static, capture)
+    held.append([parameter.grad for parameter in model.parameters()])
+
+    def replay(i: int) -> object:
+        new = batches[i % len(batches)]
+        static.images.copy_(new.images)
+        if train:
+            static.labels.copy_(new.labels)
+        graph.replay()
+        return held
+
+    warm_up(replay, len(batches))
+    return replay, peak
+
+
+def _peak_of_step(model: nn.Module, batches: Sequence[Batch], step: Step) -> float | None:
+    return _peak_memory_mb(model, batches[0], lambda: step(0)) if batches[0].images.is_cuda else None
+
+
+def _peak_memory_mb(model: nn.Module, batch: Batch, run: Callable[[], object]) -> float:
+    """Return the most memory that `run` needs, with the model's weights and one input, in MB (1e6 bytes)."""
+    model.zero_grad(set_to_none=True)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    own = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *batch))
+    return (torch.cuda.max_memory_allocated() - before + own) / 1e6
+
+
+def _compile_counts() -> tuple[int, int]:
+    """Return how many graph breaks and graphs Dynamo has seen in this process."""
+    return sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

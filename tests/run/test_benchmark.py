@@ -1,0 +1,277 @@
+"""The benchmark says what its times show, and no more."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evovit import EvoViTError, cli
+from evovit.run import bench as command
+from evovit.run import subject as subjects
+from evovit.run.bench_report import append_rows, environment, speedup_text, write_report
+from evovit.run.benchmark import Extras, largest_batch, measure
+from evovit.run.profile import PARTS, part_of
+from evovit.run.row import Measured, Row, busy_notes, compare, rows_of
+from evovit.run.setting import DENSE, Setting, Variant
+from evovit.run.subject import Subject
+
+MODEL = "test_vit"  # 6 blocks of width 64
+EVO = Variant("evo_vit", {"keep_ratio": 0.5})
+
+
+def setting(**changes: Any) -> Setting:
+    return Setting(**{"model": MODEL, "batch": 2, "rounds": 2, "threads": 1, **changes})
+
+
+def rows_from(
+    dense_ms: list[float], other_ms: list[float], compiled_ms: list[float] | None = None
+) -> list[Row]:
+    """Rows of made-up times: dense and evo_vit eager, and perhaps dense compiled."""
+    dense, evo = Variant(DENSE), EVO
+    step = lambda i: None  # noqa: E731
+    measured = [
+        Measured(dense, Subject("eager", step), 4.0, None, 1, dense_ms),
+        Measured(evo, Subject("eager", step), 2.0, None, 1, other_ms),
+    ]
+    if compiled_ms:
+        measured.insert(1, Measured(dense, Subject("compiled", step), 4.0, None, 1, compiled_ms))
+    return rows_of(setting(rounds=len(dense_ms)), 160, measured)
+
+
+def jitter(center: float, share: float, seed: int) -> list[float]:
+    noise = torch.randn(40, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (center * (1 + share * noise)).tolist()
+
+
+@pytest.fixture
+def small_run() -> list[Row]:
+    return measure(setting(modes=("eager", "graphs")), [EVO])
+
+
+def test_a_clear_gain_is_a_ratio_with_conversion() -> None:
+    row = rows_from(jitter(15, 0.01, 0), jitter(10, 0.01, 1))[1]
+    assert row.speedup == pytest.approx(1.5, rel=0.02) and row.mac_ratio == 2.0
+    assert row.conversion == pytest.approx(0.75, rel=0.02)
+    assert row.verdict.startswith("1.5")
+
+
+def test_a_gain_within_the_noise_is_no_gain() -> None:
+    row = rows_from(jitter(10.1, 0.2, 0), jitter(10, 0.2, 1))[1]
+    assert row.verdict.startswith("no difference beyond noise")
+    assert speedup_text(row.speedup, row.noise).startswith("about 1 ±")
+
+
+def test_a_loss_is_said_plainly() -> None:
+    assert rows_from(jitter(10, 0.01, 0), jitter(12, 0.01, 1))[1].verdict.startswith(
+        "dense is faster here: 0.8"
+    )
+
+
+def test_a_gain_over_a_slow_mode_names_the_faster_dense_mode() -> None:
+    row = rows_from(jitter(20, 0.01, 0), jitter(15, 0.01, 1), jitter(10, 0.01, 2))[2]
+    assert row.best_dense_mode == "compiled"
+    assert row.verdict.endswith("; dense compiled is faster still")
+    assert row.verdict_over_best_dense.startswith("dense is faster here")
+
+
+def test_the_ratio_is_taken_round_by_round_so_a_common_drift_leaves_it() -> None:
+    drift = [1 + 0.1 * i for i in range(20)]
+    ratio = compare([3 * d for d in drift], [2 * d for d in drift])
+    assert ratio.value == pytest.approx(1.5) and ratio.noise == 0.005
+
+
+def test_noise_covers_the_range_where_rounds_are_few() -> None:
+    assert compare([1.0, 1.2, 1.4], [1.0, 1.0, 1.0]).noise == pytest.approx(0.2 / 1.2)
+
+
+def test_a_busy_machine_is_noticed_by_its_load_and_by_the_spread() -> None:
+    steady = Measured(Variant(DENSE), Subject("eager", lambda i: None), 1.0, None, 1, [1.0] * 30)
+    shaken = Measured(Variant(DENSE), Subject("eager", lambda i: None), 1.0, None, 1, jitter(1, 0.3, 0))
+    assert busy_notes(setting(rounds=30, load=0.0), [steady]) == []
+    assert "busy" in busy_notes(setting(rounds=30, load=999.0), [steady])[0]
+    assert "unsteady" in busy_notes(setting(rounds=30, load=0.0), [shaken])[0]
+    assert "30 or more" in busy_notes(setting(rounds=3, load=0.0), [steady])[0]
+
+
+def test_dense_is_measured_beside_the_variant_and_a_missing_mode_says_why(small_run: list[Row]) -> None:
+    assert [(row.method, row.mode) for row in small_run] == [
+        *((DENSE, "eager"), (DENSE, "graphs")),
+        *(("evo_vit", "eager"), ("evo_vit", "graphs")),
+    ]
+    dense, skipped, evo, _ = small_run
+    assert "CUDA" in skipped.skipped and skipped.median_ms is None
+    assert dense.gmacs > evo.gmacs and evo.mac_ratio == pytest.approx(dense.gmacs / evo.gmacs)
+    assert evo.gmacs_counted is not None and evo.gmacs_counted == pytest.approx(evo.gmacs, rel=0.1)
+    assert evo.images_per_second == pytest.approx(2000 / (evo.median_ms or 0))
+    assert (evo.kernels or 0) > (dense.kernels or 0) > 50 and set(evo.parts_ms or ()) == set(PARTS)
+    assert evo.peak_memory_mb is None and evo.threads == 1
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_training_step_gives_every_parameter_a_gradient(dtype: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    batch = subjects.Batch(torch.randn(2, 3, 2, 2), torch.tensor([0, 2]))
+    (one,) = subjects.prepare(model, ("eager",), dtype, [batch], True, "")
+    one.run(0)
+    assert model.training and all(p.grad is not None and p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_training_rows_say_what_the_type_means() -> None:
+    rows = measure(setting(train=True, dtype="bf16"), [EVO], Extras(count_macs=False, kernels=False))
+    assert {row.types for row in rows} == {"bfloat16 autocast, float32 weights"}
+    assert {row.task for row in rows} == {"training step"} and all(row.median_ms for row in rows)
+
+
+def test_compiled_variants_count_their_own_breaks_and_recompiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subjects.torch, "compile", partial(torch.compile, backend="eager"))
+    variants = [Variant("evo_vit", {"keep_ratio": ratio, "start_block": 5}) for ratio in (0.5, 0.7)]
+    rows = measure(setting(modes=("compiled",)), variants, Extras(count_macs=False, kernels=False))
+    assert [(row.graph_breaks, row.recompiles) for row in rows] == [(0, 0)] * 3
+
+
+def test_a_compiler_that_fails_skips_the_mode_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(subjects.torch, "compile", partial(torch.compile, backend=broken))
+    rows = measure(setting(modes=("eager", "compiled")), [], Extras(count_macs=False, kernels=False))
+    assert rows[0].median_ms and "no compiler here" in rows[1].skipped
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from evovit.run import benchmark
+
+    prepare = benchmark.prepare
+
+    def tight(model: Any, modes: Any, dtype: str, batches: Any, *rest: Any) -> Any:
+        if len(batches[0].images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return prepare(model, modes, dtype, batches, *rest)
+
+    monkeypatch.setattr(benchmark, "prepare", tight)
+    rows = measure(setting(batch=4), [], Extras(count_macs=False, kernels=False))
+    assert rows[0].batch == 2 and any("batch 4 ran out of memory" in note for note in rows[0].notes)
+
+
+def test_rows_and_page_are_written_and_a_second_run_adds(tmp_path: Path, small_run: list[Row]) -> None:
+    around = environment("cpu", 0.1)
+    append_rows(tmp_path, small_run, around)
+    records = append_rows(tmp_path, small_run, around)
+    assert len(records) == 8 and records[0]["torch"] == torch.__version__
+    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == records
+    page = write_report(tmp_path, records).read_text()
+    assert page.count("<h2>") == 1 and "data:image/png;base64," in page and "CUDA graphs need" in page
+    assert "http://" not in page and "https://" not in page
+    assert {p.name for p in tmp_path.iterdir()} == {"rows.jsonl", "report.html"}
+
+
+def test_the_command_prints_rows_parts_and_a_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.json"
+    words = (
+        f"evovit bench {MODEL} --mode eager --rounds 2 --threads 1 --parts --keep-ratio 0.5 --out {tmp_path}"
+    )
+    monkeypatch.setattr(sys, "argv", [*words.split(), "--trace", str(trace)])
+    cli.main()
+    out = capsys.readouterr().out
+    assert "dense" in out and "evo_vit keep_ratio=0.5" in out and "projections" in out
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"dense [eager]", "evo_vit keep_ratio=0.5 [eager]", "aten::addmm"} <= names
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("test_vti", "Did you mean 'test_vit'"),
+        (f"{MODEL} --batch 0", "batch is 0"),
+        (f"{MODEL} --batch many", "batch is 'many'"),
+        (f"{MODEL} --batch max", "CUDA"),
+        (f"{MODEL} --dtype fp12", "Did you mean 'fp"),
+        (f"{MODEL} --dtype tf32", "tf32"),
+        (f"{MODEL} --mode compile", "Did you mean 'compiled'"),
+        (f"{MODEL} --method evo_vti", "Did you mean 'evo_vit'"),
+        (f"{MODEL} --options keep_rato=0.5", "Did you mean 'keep_ratio'"),
+        (f"{MODEL} --options keep_ratio", "name=value"),
+        (f"{MODEL} --size 100", "multiple of the patch"),
+        (f"{MODEL} --rounds 0", "rounds is 0"),
+        (f"{MODEL} --batch 1 2 --trace x.json", "--trace"),
+        ("", "No model"),
+    ],
+)
+def test_a_wrong_input_is_one_sentence(
+    words: str,
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["evovit", "bench", *words.split(), "--device", "cpu", "--out", str(tmp_path)]
+    )
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and sentence in message and message.count("\n") == 1
+
+
+def test_methods_take_options_of_their_own() -> None:
+    found = command.parse_variants(["evo_vit:mode=layer,fast_update=false", "dense"], ["keep_ratio=0.7"])
+    assert found == [Variant("evo_vit", {"keep_ratio": 0.7, "mode": "layer", "fast_update": False})]
+    every = command.parse_variants(["all"], [], keep_ratio=0.5)
+    assert {v.method for v in every} >= {"evo_vit"} and EVO in every
+
+
+def test_the_largest_batch_is_asked_of_gpus_only() -> None:
+    with pytest.raises(EvoViTError, match="CUDA"):
+        largest_batch(setting())
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("nvjet_sm90_tst_128x256_64x4_1x2_h_bz_coopA_bias_TNT", "projections"),
+        ("cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_128x128", "projections"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64>>", "attention"),
+        ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
+        ("void at::native::sbtopk::gatherTopK<long, unsigned int, 2, false>", "selection"),
+        ("triton_per_fused_bitwise_and_cumsum_ge_12", "selection"),
+        ("triton_per_fused__softmax_mean_3", "score"),
+        ("void gemv2T_kernel_val<int, int, __nv_bfloat16>", "score"),
+        ("triton_per_fused__to_copy_add_native_layer_norm_7", "norm and elementwise"),
+        ("triton_poi_fused_gelu_4", "norm and elementwise"),
+        ("triton_poi_fused_cat_index_select_5", "data movement"),
+        ("Memcpy DtoD (Device -> Device)", "data movement"),
+        ("void at::native::indexSelectLargeIndex<c10::BFloat16>", "data movement"),
+        (
+            "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add>",
+            "norm and elementwise",
+        ),
+        ("graph_0_cpp_fused_gelu_native_layer_norm_0", "norm and elementwise"),
+        ("aten::addmm", "projections"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("aten::topk", "selection"),
+        ("aten::bmm", "score"),
+        ("aten::index_copy", "data movement"),
+        ("aten::native_layer_norm", "norm and elementwise"),
+        ("something_else", "other"),
+    ],
+)
+def test_a_kernel_belongs_to_its_part(name: str, part: str) -> None:
+    assert part_of(name) == part
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("train", [False, True])
+def test_all_modes_work_on_a_gpu(train: bool) -> None:
+    modes = ("eager", "compiled", "graphs")
+    rows = measure(setting(device="cuda", dtype="bf16", modes=modes, train=train), [EVO])
+    assert [row.skipped for row in rows] == [""] * 6
+    assert all(row.median_ms and row.peak_memory_mb and row.kernels for row in rows)

@@ -1,0 +1,141 @@
+"""The road stays short: graphs, recompiles, operators and MACs are counted, not seconds.
+
+A bound may sink freely; raising one needs a reason and a measurement.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._inductor import metrics
+
+from evovit import ReducedViT, reduce_tokens
+from evovit.run.macs import gmacs
+
+IMAGE = (3, 64, 64)
+MOVES = ("index", "index_select", "gather", "index_copy", "index_put", "scatter", "cat")
+VIEWS = (
+    *("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "unsqueeze", "squeeze"),
+    *("select", "slice", "unbind", "split", "split_with_sizes", "getitem", "alias", "detach", "as_strided"),
+)
+
+# (mode, fast_update) -> operators that are no views, beyond the dense model's (a tenth above the
+# count, as decompositions differ between versions of PyTorch); and of those, moves of data.
+EXTRA_OPERATORS = {
+    ("stage", False): (95, 10),
+    ("stage", True): (111, 12),
+    ("layer", False): (139, 17),
+    ("layer", True): (165, 20),
+}
+SELECTIONS = {"stage": 2, "layer": 3}
+
+
+def host() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.models.VisionTransformer(
+        img_size=64, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=10
+    ).eval()
+
+
+def reduced(mode: str = "stage", fast_update: bool = False, keep_ratio: float = 0.5) -> ReducedViT:
+    options: dict[str, Any] = {"start_block": 1, "stage_length": 2, "keep_ratio": keep_ratio}
+    return reduce_tokens(host(), "evo_vit", mode=mode, fast_update=fast_update, **options)
+
+
+def images(seed: int, batch: int = 2) -> Tensor:
+    return torch.randn(batch, *IMAGE, generator=torch.Generator().manual_seed(seed))
+
+
+def operators(model: nn.Module) -> Counter[str]:
+    """Count the aten operators of the compiled forward that do work; three batches must give one graph."""
+    found: Counter[str] = Counter()
+
+    def count(graph: Any, inputs: Any) -> Any:
+        calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+        names = [str(node.target).split(".") for node in calls]  # aten.topk.default
+        found.update(parts[-2] for parts in names if len(parts) > 1 and parts[-2] not in VIEWS)
+        return graph.forward
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        return aot_module_simplified(graph, inputs, fw_compiler=count)
+
+    torch.compiler.reset()
+    counters.clear()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.inference_mode():
+        for seed in range(3):
+            compiled(images(seed))
+    assert counters["stats"]["unique_graphs"] == 1 and sum(counters["graph_break"].values()) == 0
+    return found
+
+
+@cache
+def dense_operators() -> Counter[str]:
+    return operators(host())
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def test_two_keep_ratios_compile_two_graphs_and_no_more() -> None:
+    models = [reduced(keep_ratio=ratio) for ratio in (0.5, 0.7)]
+    with torch.inference_mode():
+        for seed in range(3):
+            for model in models:
+                model.compile(backend="eager", fullgraph=True) if seed == 0 else None
+                model(images(seed))
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_going_back_to_a_mode_compiles_nothing_new() -> None:
+    model = reduced("layer")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.inference_mode():
+        for seed, mode in enumerate(("layer", "stage", "layer", "stage")):
+            model.method.mode = mode
+            compiled(images(seed))
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize(("mode", "fast"), EXTRA_OPERATORS)
+def test_the_forward_is_one_graph_with_few_extra_operators(mode: str, fast: bool) -> None:
+    own = operators(reduced(mode, fast))
+    extra = own - dense_operators()
+    assert own["topk"] == SELECTIONS[mode] and own["sort"] == 0
+    bound, moves = EXTRA_OPERATORS[mode, fast]
+    assert sum(extra.values()) <= bound
+    assert sum(extra[name] for name in MOVES) <= moves
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "bound"), [("stage", 120), ("layer", 134)])
+def test_generated_kernels_stay_within_their_bound(mode: str, bound: int) -> None:
+    metrics.reset()
+    with torch.inference_mode():
+        torch.compile(reduced(mode, True))(images(0))
+    assert 0 < metrics.generated_kernel_count <= bound
+
+
+def test_multiply_accumulates_stay_what_they_are() -> None:
+    counts = {
+        "dense": gmacs(host(), IMAGE),
+        "stage": gmacs(reduced("stage"), IMAGE),
+        "stage, fast": gmacs(reduced("stage", True), IMAGE),
+        "layer": gmacs(reduced("layer"), IMAGE),
+    }
+    recorded = {"dense": 4670016, "stage": 2888256, "stage, fast": 2937984, "layer": 2888256}
+    assert {name: round(count * 1e9) for name, count in counts.items()} == recorded
