@@ -3,27 +3,48 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import fields
 
 import tyro
 
 from evovit.errors import EvoViTError
 from evovit.methods import find_method, list_methods
+from evovit.run.bench import bench
+from evovit.run.evaluate import eval_command
+from evovit.run.quickstart import quickstart
+from evovit.run.runs_report import report
+from evovit.run.train_command import train
 
 
 def methods() -> None:
-    """List the token-reduction methods with their options."""
+    """List the token-reduction methods: one line, options with defaults, what they need."""
     for name in list_methods():
         cls = find_method(name)
+        options = ", ".join(f"{field.name}={field.default!r}" for field in fields(cls.Config))
+        grid = "keeps the grid" if cls.keeps_grid else "drops tokens"
         print(f"{name}: {(cls.__doc__ or '').strip().splitlines()[0]}")
+        print(f"  options: {options}\n  {grid}{'; needs a class token' if cls.needs_class_token else ''}")
 
 
-COMMANDS = {"methods": methods}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "methods": methods,
+    "bench": bench,
+    "quickstart": quickstart,
+    "train": train,
+    "eval": eval_command,
+    "report": report,
+}
 
 
 def main() -> None:
     """Run the command line."""
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="evovit", description=__doc__)
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="evovit",
+            description="Vision transformers that spend compute only where it matters.",
+        )
     except EvoViTError as error:
         print(f"evovit: {error}", file=sys.stderr)
         sys.exit(2)

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import Golden, make_host, pictures
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import evovit
+from tests.conftest import Golden, make_host, pictures
 
 OFFICIAL = Golden("evo_deit")
 CASES = [case["name"] for case in OFFICIAL.side["cases"]]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.conftest import make_host, pictures
 from torch.nn import functional as F
 
 import evovit
+from tests.conftest import make_host, pictures
 
 
 @pytest.mark.parametrize(

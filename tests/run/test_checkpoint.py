@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.conftest import GOLDEN, Golden, make_host, pictures
 
 import evovit
 from evovit.run.checkpoint import load_reduced, save_reduced
 from evovit.run.files import read_state_dict, write_atomically
+from tests.conftest import GOLDEN, Golden, make_host, pictures
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from evovit.backbones.base import BackboneSpec, Block, Stage
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, check_count
 from evovit.schedule import KeepSchedule
 from evovit.tokens import Tokens
 
@@ -25,6 +25,7 @@ class Method(nn.Module, ABC):
 
     keeps_grid: ClassVar[bool] = False  # every patch token reaches `finish`, in raster order
     needs_class_token: ClassVar[bool] = True
+    learns_from_teacher: ClassVar[bool] = False  # `losses` reads the teacher's features
     keep_all: ClassVar[dict[str, Any]] = {}  # options under which nothing is reduced: the host, exactly
     example: ClassVar[dict[str, Any]] = {}  # options that reduce a host of four blocks
     schedule: KeepSchedule  # of a method that keeps a set share of tokens
@@ -95,6 +96,14 @@ def require_class_token(spec: BackboneSpec, what: str, instead: str) -> None:
     """Raise `EvoViTError` where the host has no class token; `instead` is what to choose."""
     if not spec.has_class_token:
         raise EvoViTError(f"{what} needs a class token and this host has none; choose {instead}.")
+
+
+def check_blocks(blocks: Sequence[int], depth: int) -> None:
+    """Raise `EvoViTError` unless the blocks exist and rise."""
+    for number in blocks:
+        check_count("blocks", number, 0, depth - 1, "blocks count from 0")
+    if list(blocks) != sorted(set(blocks)):
+        raise EvoViTError(f"blocks is {tuple(blocks)!r}; list each reducing block once, in rising order.")
 
 
 class ClassTokenHead(nn.Module):

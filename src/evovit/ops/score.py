@@ -8,20 +8,35 @@ from torch import Tensor
 from evovit.tokens import QKV
 
 
+def class_logits(qkv: QKV) -> Tensor:
+    """Return the class token's attention logits to all tokens, (B, H, P + N), at least float32.
+
+    Written as product and sum because a matrix product with one row is slower, and so that half-precision
+    inputs are multiplied in float32.
+    """
+    query = qkv.q[:, :, :1].float() * qkv.scale  # (B, H, 1, D)
+    logits = (query * qkv.k).sum(-1)  # (B, H, P + N)
+    return logits if qkv.bias is None else logits + qkv.bias[:, :, 0].float()
+
+
 def class_attention(qkv: QKV, num_prefix: int) -> Tensor:
     """Return the class token's attention to the patch tokens, mean over heads (Evo-ViT eq. 3; one query row).
 
-    The softmax runs over all keys, prefix included. Written as product and sum because a matrix product with
-    one row is slower, and so that half-precision inputs are multiplied in float32.
+    The softmax runs over all keys, prefix included.
 
     Returns:
         (B, N) float32, each in [0, 1].
     """
-    query = qkv.q[:, :, :1].float() * qkv.scale  # (B, H, 1, D)
-    logits = (query * qkv.k).sum(-1)  # (B, H, P + N)
-    if qkv.bias is not None:
-        logits = logits + qkv.bias[:, :, 0].float()
-    return logits.softmax(-1)[..., num_prefix:].mean(1).float()
+    return class_logits(qkv).softmax(-1)[..., num_prefix:].mean(1).float()
+
+
+def class_logit_mean(qkv: QKV, num_prefix: int) -> Tensor:
+    """Return the class token's attention logits to the patch tokens, mean over heads, no softmax (IdleViT).
+
+    Returns:
+        (B, N) float32.
+    """
+    return class_logits(qkv)[..., num_prefix:].mean(1).float()
 
 
 def attention_column_mean(qkv: QKV, num_prefix: int) -> Tensor:

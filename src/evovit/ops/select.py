@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from evovit.tokens import QKV
+
 
 class Split(NamedTuple):
     """A choice of K among N patch tokens."""
@@ -25,15 +27,13 @@ def split_top(score: Tensor, keep: int) -> Split:
         score: (B, N) float32, not NaN.
         keep: 1 <= keep <= N.
     """
-    batch, num = score.shape
+    num = score.shape[1]
     position = torch.arange(num, device=score.device)
     bits = (score.detach().float() + 0.0).contiguous().view(torch.int32)  # + 0.0 turns -0.0 into 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # an integer that grows with the float
     key = ordered.long() * num + (num - 1 - position)  # (B, N), unique
     kept = key >= key.topk(keep, sorted=False).values.amin(-1, keepdim=True)
-    slot = torch.where(kept, kept.cumsum(-1) - 1, keep)  # the others write to a spare place
-    rows = torch.zeros(batch, keep + 1, dtype=torch.long, device=score.device)
-    return Split(rows.scatter(1, slot, position.expand(batch, num))[:, :keep], kept)
+    return Split(rows_where(kept, keep), kept)
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:
@@ -54,3 +54,30 @@ def with_prefix(rows: Tensor, num_prefix: int) -> Tensor:
     """Return rows of the whole tensor, (B, P + K): the P prefix rows, then patch rows (B, K) shifted by P."""
     prefix = torch.arange(num_prefix, device=rows.device).expand(rows.shape[0], num_prefix)
     return torch.cat((prefix, rows + num_prefix), dim=1)
+
+
+def take_qkv(qkv: QKV, rows: Tensor) -> QKV:
+    """Return what attention sees of the rows `rows` (B, K) of the whole tensor alone."""
+    picked = rows[:, None, :, None]
+    q, k, v = (x.gather(2, picked.expand(-1, x.shape[1], -1, x.shape[3])) for x in (qkv.q, qkv.k, qkv.v))
+    bias = qkv.bias
+    if bias is not None:
+        bias = bias.expand(rows.shape[0], -1, -1, -1)
+        bias = bias.gather(2, picked.expand(-1, bias.shape[1], -1, bias.shape[3]))
+        bias = bias.gather(3, rows[:, None, None, :].expand(-1, bias.shape[1], rows.shape[1], -1))
+    return QKV(q, k, v, qkv.scale, bias, None if qkv.side is None else take(qkv.side, rows))
+
+
+def even_rows(index: Tensor, keep: int) -> Tensor:
+    """Return `keep` evenly spaced rows of the N that `index` (B, N) has, (B, keep) int64 ascending."""
+    batch, num = index.shape
+    steps = torch.arange(keep, device=index.device)
+    return ((2 * steps + 1) * num // (2 * keep)).expand(batch, keep)
+
+
+def rows_where(chosen: Tensor, count: int) -> Tensor:
+    """Return the rows that are True, (B, count) int64 ascending; chosen (B, N) has `count` per image."""
+    batch, num = chosen.shape
+    slot = torch.where(chosen, chosen.cumsum(-1) - 1, count)  # the others write to a spare place
+    rows = torch.zeros(batch, count + 1, dtype=torch.long, device=chosen.device)
+    return rows.scatter(1, slot, torch.arange(num, device=chosen.device).expand(batch, num))[:, :count]

@@ -22,3 +22,17 @@ def representative(patches: Tensor, score: Tensor, kept: Tensor) -> Tensor:
     weight = score.masked_fill(kept, 0.0)
     weight = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
     return weight.to(patches.dtype).unsqueeze(1) @ patches
+
+
+def weighted_sum(patches: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
+    """Return the sum of the tokens that are not kept, each times its weight, not normalised (EViT, eq. 3).
+
+    Args:
+        patches: (B, N, C).
+        weight: (B, N) float32; its gradient flows on.
+        kept: (B, N) bool.
+
+    Returns:
+        (B, 1, C) in the type of `patches`.
+    """
+    return weight.masked_fill(kept, 0.0).to(patches.dtype).unsqueeze(1) @ patches

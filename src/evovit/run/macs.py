@@ -83,6 +83,9 @@ def _run_on_meta(model: nn.Module, image_shape: Sequence[int]) -> None:
 def gmacs(model: nn.Module, image_shape: Sequence[int]) -> float:
     """Return GMACs of one image by formula: a block of T rows has 4 T D^2 + 2 T^2 D + 8 T D^2.
 
+    The patch embedding is taken as one matrix per patch; a host with a finer convolutional stem needs
+    `gmacs_counted`.
+
     Args:
         model: a host or a `ReducedViT`.
         image_shape: (channels, height, width).

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.nn import functional as F
 
 from evovit.errors import EvoViTError
-from evovit.model import ReducedViT
+from evovit.model import ReducedViT, reduce_tokens
 from evovit.models.evo_deit import build_evo_deit
 from evovit.run.files import read_state_dict
 
@@ -57,11 +60,7 @@ def _load_evo_vit(
         )
     width, channels = state["patch_embed.proj.weight"].shape[:2]
     patch = tuple(state["patch_embed.proj.weight"].shape[2:])
-    if num_heads is None or num_heads < 1 or width % num_heads:
-        raise EvoViTError(
-            f"num_heads is {num_heads}; give the number of attention heads, a divisor of the width {width} "
-            "(DeiT: width / 64)."
-        )
+    num_heads = _checked_heads(num_heads, width)
     patches = state["pos_embed"].shape[1] - 1
     img_size = (isqrt(patches) * patch[0], isqrt(patches) * patch[1]) if img_size is None else img_size
     height, width_px = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -104,4 +103,61 @@ def _load_evo_vit(
     return model
 
 
-LOADERS: dict[str, Callable[..., ReducedViT]] = {"evo_vit": _load_evo_vit}
+def _load_deit(
+    name: str, state: dict[str, Tensor], *, num_heads: int | None = None, img_size: Any = None, **options: Any
+) -> ReducedViT:
+    """Load a checkpoint with DeiT's own keys; the positions are resized to `img_size` as the releases do."""
+    expected = ("pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "head.weight")
+    missing = next((key for key in expected if key not in state), None)
+    if missing:
+        raise EvoViTError(
+            f"This is not an official {name} checkpoint in DeiT's layout: {missing!r} is missing."
+        )
+    width, channels, *patch = state["patch_embed.proj.weight"].shape
+    num_heads = _checked_heads(num_heads, width)
+    side = isqrt(state["pos_embed"].shape[1] - 1)
+    size = (side * patch[0], side * patch[1]) if img_size is None else img_size
+    height, width_px = (size, size) if isinstance(size, int) else size
+    try:
+        host = VisionTransformer(
+            img_size=(height, width_px),
+            patch_size=tuple(patch),
+            in_chans=channels,
+            num_classes=state["head.weight"].shape[0],
+            embed_dim=width,
+            depth=sum(key.endswith(".attn.qkv.weight") for key in state),
+            num_heads=num_heads,
+            mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+            qkv_bias="blocks.0.attn.qkv.bias" in state,
+        )
+        grid = (height // patch[0], width_px // patch[1])
+        host.load_state_dict(state | {"pos_embed": _resize_positions(state["pos_embed"], side, grid)})
+    except (KeyError, RuntimeError) as error:
+        raise EvoViTError(f"The {name} checkpoint is incomplete or inconsistent: {error}") from error
+    return reduce_tokens(host, name, verify=False, **options)
+
+
+def _checked_heads(num_heads: int | None, width: int) -> int:
+    """Return `num_heads`, which no tensor tells; raises `EvoViTError` unless it divides the width."""
+    if num_heads is None or num_heads < 1 or width % num_heads:
+        raise EvoViTError(
+            f"num_heads is {num_heads}; give the number of attention heads, a divisor of the width {width} "
+            "(DeiT: width / 64)."
+        )
+    return num_heads
+
+
+def _resize_positions(positions: Tensor, side: int, grid: tuple[int, int]) -> Tensor:
+    """Resize (1, 1 + side * side, C) to a grid, bicubic without antialiasing; the class token's stays."""
+    if grid == (side, side):
+        return positions
+    square = positions[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)  # type: ignore[no-untyped-call]
+    resized = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)
+    return torch.cat((positions[:, :1].float(), resized.flatten(2).transpose(1, 2)), dim=1)
+
+
+LOADERS: dict[str, Callable[..., ReducedViT]] = {
+    "evo_vit": _load_evo_vit,
+    "evit": partial(_load_deit, "evit"),
+    "idle_vit": partial(_load_deit, "idle_vit"),
+}

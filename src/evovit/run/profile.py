@@ -127,7 +127,7 @@ def _profiler(on_cuda: bool) -> Any:
 
 @contextmanager
 def _without_chatter() -> Iterator[None]:
-    """Keep the profiler library's own log ("USDT: ...", a missing GPU as ERROR) off the console; pass the rest."""
+    """Keep the profiler library's own log ("USDT: ...", a missing GPU as ERROR) off the console."""
     sys.stderr.flush()
     console = os.dup(2)
     with tempfile.TemporaryFile() as caught:
@@ -140,7 +140,7 @@ def _without_chatter() -> Iterator[None]:
             os.close(console)
             caught.seek(0)
             for line in caught.read().decode(errors="replace").splitlines():
-                if not re.match(r"(USDT|STAGE|ERROR|WARNING|INFO):\S*\s.*\d+:\d+ \w+\.cpp:\d+\]", line):
+                if not re.match(r"(USDT|ERROR|WARNING|INFO):.*\d+:\d+ \w+\.cpp:\d+\]", line):
                     print(line, file=sys.stderr)
 
 

@@ -1,0 +1,122 @@
+"""EViT: reorganise tokens between attention and FFN (Liang et al., ICLR 2022).
+
+The class attention of the block ranks its patch tokens; the others are fused into one token, weighted with
+their attention, or dropped. No new parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from evovit.backbones.base import BackboneSpec, Block
+from evovit.errors import EvoViTError, check_choice, check_count
+from evovit.methods import register
+from evovit.methods.base import Method, check_blocks, require_class_token
+from evovit.ops.score import attention_column_mean, class_attention
+from evovit.ops.select import split_top, take, with_prefix
+from evovit.ops.update import weighted_sum
+from evovit.schedule import KeepSchedule, per_block
+from evovit.tokens import Tokens
+
+Selection = Literal["class", "column_mean"]
+Counts = Literal["current", "initial"]
+SCORES = {"class": class_attention, "column_mean": attention_column_mean}
+
+
+@register("evit")
+class EViT(Method):
+    """Token reorganisation: at a few blocks, keep the attentive tokens and fuse the others into one."""
+
+    needs_class_token = False  # `selection` decides
+    keep_all: ClassVar = {"keep_ratio": 1.0}
+    example: ClassVar = {"blocks": (1,)}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Method.Config):
+        """Options of EViT; the defaults are the paper's."""
+
+        keep_ratio: float | tuple[float, ...] = 0.7  # of the patch tokens present; a number, or one per block
+        blocks: tuple[int, ...] = (3, 6, 9)  # that reduce, counted from 0
+        fuse: bool = True  # False: the inattentive tokens are dropped
+        counts: Counts = "current"  # ceil(ratio * present); "initial": int(ratio product * all)
+        keep: tuple[int, ...] | None = None  # patch tokens left per reducing block, instead of ratios
+        shrink: tuple[float, float] | None = None  # shares of the training; the ratio falls from 1 between
+        selection: Selection = "class"  # "column_mean" for hosts without class token
+
+    def __init__(self, config: Config, spec: BackboneSpec) -> None:
+        super().__init__(config, spec)
+        check_choice("selection", config.selection, get_args(Selection))
+        check_choice("counts", config.counts, get_args(Counts))
+        if config.selection == "class":
+            require_class_token(spec, "selection='class'", "'column_mean'")
+        check_blocks(config.blocks, spec.depth)
+        count = len(config.blocks)
+        if isinstance(config.keep_ratio, Sequence) and len(config.keep_ratio) != count:
+            raise EvoViTError(
+                f"keep_ratio has {len(config.keep_ratio)} values for {count} blocks; give one each."
+            )
+        self.keep_ratios = per_block(config.keep_ratio, count, "keep_ratio", 0.0, 1.0)
+        if min(self.keep_ratios, default=1.0) == 0:
+            raise EvoViTError("keep_ratio is 0; it is the share of tokens kept, above 0 and at most 1.")
+        if config.keep is not None and (len(config.keep) != count or config.shrink is not None):
+            raise EvoViTError(f"keep is {config.keep!r}; give one count per block in blocks, and no shrink.")
+        for keep in config.keep or ():
+            check_count("keep", keep, 1, math.prod(spec.grid))
+        if config.shrink is not None and not 0 <= config.shrink[0] < config.shrink[-1] <= 1:
+            raise EvoViTError(f"shrink is {config.shrink!r}; give two rising shares of the training, 0 to 1.")
+        if config.keep is None:
+            self.schedule = self.schedule_at(1.0)
+
+    def schedule_at(self, progress: float) -> KeepSchedule:
+        """Return the schedule when `progress`, 0 to 1, of the keep ratio's fall is done: half a cosine."""
+        ease = (math.cos(math.pi * progress) + 1) / 2
+        now = [ratio + (1 - ratio) * ease for ratio in self.keep_ratios]
+        initial = self.config.counts == "initial"
+        by_block = dict(zip(self.config.blocks, accumulate(now, mul) if initial else now, strict=True))
+        ratios = tuple(by_block.get(number, 1.0) for number in range(self.spec.depth))
+        return KeepSchedule(ratios, rounding=int if initial else math.ceil)
+
+    def count(self, number: int, tokens: Tokens) -> int | None:
+        """Return how many patch tokens block `number` keeps, the fused one not counted; None for all."""
+        if number not in self.config.blocks:
+            return None
+        if self.config.keep is not None:
+            keep: int | None = self.config.keep[self.config.blocks.index(number)]
+        else:
+            whole = tokens.num_cells if self.config.counts == "initial" else tokens.num_patches
+            keep = self.schedule.count(number, whole)
+        return None if keep is None or keep >= tokens.num_patches else keep
+
+    def run_block(self, block: Block, tokens: Tokens) -> Tokens:
+        tokens, qkv = block.attend(tokens)
+        keep = self.count(block.number, tokens)
+        if keep is not None:
+            tokens = self.reorganise(tokens, SCORES[self.config.selection](qkv, tokens.num_prefix), keep)
+        return block.ffn(tokens)
+
+    def reorganise(self, tokens: Tokens, score: Tensor, keep: int) -> Tokens:
+        """Return prefix, the kept in their order, and the fused token (index -1) last.
+
+        Args:
+            score: (B, N) class attention; it weighs the fused token as it stands, as in the official code.
+        """
+        split = split_top(score, keep)
+        x = take(tokens.x, with_prefix(split.rows, tokens.num_prefix))
+        index = take(tokens.index, split.rows)
+        if self.config.fuse:
+            x = torch.cat((x, weighted_sum(tokens.patches, score, split.kept)), dim=1)
+            index = nn.functional.pad(index, (0, 1), value=-1)
+        return tokens.change(x=x, index=index)
+
+    def set_progress(self, fraction: float) -> None:
+        if self.config.shrink is not None:
+            start, end = self.config.shrink
+            self.schedule = self.schedule_at(min(1.0, max(0.0, (fraction - start) / (end - start))))

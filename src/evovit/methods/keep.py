@@ -1,0 +1,72 @@
+"""Keep some patch tokens and drop the others: the plain baselines every comparison needs.
+
+Top-K by class attention, random and evenly spaced, with the counts of EViT or DynamicViT. Nothing is fused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+from torch import Tensor
+
+from evovit.backbones.base import BackboneSpec, Block
+from evovit.errors import EvoViTError, check_choice
+from evovit.methods import register
+from evovit.methods.base import Method, check_blocks, require_class_token
+from evovit.ops.score import attention_column_mean, class_attention, random_score
+from evovit.ops.select import even_rows, split_top, take, with_prefix
+from evovit.schedule import KeepSchedule, per_block
+from evovit.tokens import QKV, Tokens
+
+Selection = Literal["class", "column_mean", "random", "even"]
+
+
+@register("keep")
+class Keep(Method):
+    """Baselines: keep the top, random or evenly spaced patch tokens at a few blocks, drop the others."""
+
+    needs_class_token = False  # `selection` decides
+    keep_all: ClassVar = {"keep_ratio": 1.0}
+    example: ClassVar = {"blocks": (1, 2)}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Method.Config):
+        """Options of the baselines."""
+
+        keep_ratio: float = 0.7  # the j-th reducing block leaves int(keep_ratio ** j * all patches)
+        blocks: tuple[int, ...] = (3, 6, 9)  # that reduce, between attention and FFN; counted from 0
+        selection: Selection = "class"  # top attention from the class token, or from all; "random"; "even"
+
+    def __init__(self, config: Config, spec: BackboneSpec) -> None:
+        super().__init__(config, spec)
+        check_choice("selection", config.selection, get_args(Selection))
+        if config.selection == "class":
+            require_class_token(spec, "selection='class'", "'column_mean', 'random' or 'even'")
+        check_blocks(config.blocks, spec.depth)
+        (ratio,) = per_block(config.keep_ratio, 1, "keep_ratio", 0.0, 1.0)
+        if ratio == 0:
+            raise EvoViTError("keep_ratio is 0; it is the share of tokens kept, above 0 and at most 1.")
+        by_block = {number: ratio ** (j + 1) for j, number in enumerate(config.blocks)}
+        self.schedule = KeepSchedule(tuple(by_block.get(number, 1.0) for number in range(spec.depth)))
+
+    def run_block(self, block: Block, tokens: Tokens) -> Tokens:
+        tokens, qkv = block.attend(tokens)
+        keep = self.schedule.count(block.number, tokens.num_cells)
+        if keep is not None and keep < tokens.num_patches:
+            rows = self.rows(tokens, qkv, keep, block.number)
+            x = take(tokens.x, with_prefix(rows, tokens.num_prefix))
+            tokens = tokens.change(x=x, index=take(tokens.index, rows))
+        return block.ffn(tokens)
+
+    def rows(self, tokens: Tokens, qkv: QKV, keep: int, number: int) -> Tensor:
+        """Return who stays, (B, keep) int64 ascending; random draws afresh in training alone."""
+        selection = self.config.selection
+        if selection == "even":
+            return even_rows(tokens.index, keep)
+        if selection == "random":
+            score = random_score(tokens.index, None if self.training else number)
+        else:
+            measure = class_attention if selection == "class" else attention_column_mean
+            score = measure(qkv, tokens.num_prefix)
+        return split_top(score, keep).rows

@@ -1,0 +1,120 @@
+"""ToMe: merge similar tokens in every block, with or without training (Bolya et al., ICLR 2023).
+
+Between attention and FFN, bipartite soft matching on the block's keys picks the pairs that merge into their
+size-weighted mean (section 3); attention counts a merged token as often as the patches in it (eq. 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from evovit.backbones.base import BackboneSpec, Block
+from evovit.errors import EvoViTError, check_count
+from evovit.methods import register
+from evovit.methods.base import Method
+from evovit.ops.merge import match_tokens, merge_sizes, merge_tokens
+from evovit.ops.select import take
+from evovit.tokens import Tokens
+
+
+class Merged(NamedTuple):
+    """ToMe's state beside the tokens, once some have merged."""
+
+    source: Tensor  # (B, N at the start) int64, the row of the patch token that each grid cell is now part of
+
+
+@register("tome")
+class ToMe(Method):
+    """Token merging: the most similar patch tokens of each block become one."""
+
+    needs_class_token = False
+    keep_all: ClassVar = {"r": 0}
+    example: ClassVar = {"r": 3}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Method.Config):
+        """Options of ToMe; every r is capped at half the patch tokens present."""
+
+        r: int | tuple[int, ...] = 8  # tokens REMOVED by each block; a list may end early, the rest is 0
+        inflection: float = 0.0  # -1 removes 2r in the first block, falling to 0 in the last; 1 the reverse
+        proportional_attention: bool = True  # False suits MAE models that were not trained with ToMe
+
+    def __init__(self, config: Config, spec: BackboneSpec) -> None:
+        super().__init__(config, spec)
+        self.removed = removed_per_block(config.r, config.inflection, spec)
+
+    def run_block(self, block: Block, tokens: Tokens) -> Tokens:
+        qkv = block.qkv(tokens)
+        tokens = block.attention(tokens, qkv, self.size_bias(tokens, qkv.q.dtype))
+        removed = min(self.removed[block.number], tokens.num_patches // 2)
+        return block.ffn(self.merge(tokens, qkv.k, removed) if removed > 0 else tokens)
+
+    def size_bias(self, tokens: Tokens, dtype: torch.dtype) -> Tensor | None:
+        """Return log(size) of every key, (B, 1, 1, P + N): proportional attention (eq. 1), fused kernels."""
+        if tokens.size is None or not self.config.proportional_attention:
+            return None
+        bias = nn.functional.pad(tokens.size.log(), (tokens.num_prefix, 0))  # a prefix token counts once
+        return bias[:, None, None].to(dtype)
+
+    def merge(self, tokens: Tokens, keys: Tensor, removed: int) -> Tokens:
+        """Merge `removed` patch tokens into others. A token keeps the grid position of the one merged into.
+
+        Rows alternate between the two sets from the first prefix token on, as in the paper, where the class
+        token is the first row; prefix tokens themselves neither propose nor receive.
+
+        Args:
+            keys: (B, H, P + N, D), of this block.
+        """
+        metric = keys[:, :, tokens.num_prefix :].mean(1)
+        match = match_tokens(metric, removed, first=tokens.num_prefix % 2)
+        size = torch.ones_like(tokens.index, dtype=torch.float32) if tokens.size is None else tokens.size
+        patches = merge_tokens(tokens.patches, size, match)
+        return tokens.change(
+            x=torch.cat((tokens.prefix, patches), dim=1),
+            index=take(tokens.index, match.rows),
+            size=merge_sizes(size, match),
+            carry=Merged(match.moved.gather(1, tokens.carry.source) if tokens.carry else match.moved),
+        )
+
+    def finish(self, tokens: Tokens) -> Tokens:
+        """Give every grid cell its token: a head's mean of them is the size-weighted mean of ToMe."""
+        return unmerge(tokens)
+
+    def set_reduction(self, share: float) -> None:
+        full = removed_per_block(self.config.r, self.config.inflection, self.spec)
+        self.removed = tuple(int(share * removed) for removed in full)
+
+
+def unmerge(tokens: Tokens) -> Tokens:
+    """Copy each merged token back to all the grid cells in it: N tokens in raster order again."""
+    if tokens.carry is None:
+        return tokens
+    source = tokens.carry.source
+    index = torch.arange(source.shape[1], device=source.device).expand_as(source)
+    x = torch.cat((tokens.prefix, take(tokens.patches, source)), dim=1)
+    return tokens.change(x=x, index=index, size=None, carry=None)
+
+
+def removed_per_block(r: int | Sequence[int], inflection: float, spec: BackboneSpec) -> tuple[int, ...]:
+    """Return how many tokens each block removes, before the cap (paper, appendix; released `parse_r`)."""
+    depth, most = spec.depth, math.prod(spec.grid)
+    if not -1 <= inflection <= 1:
+        raise EvoViTError(f"inflection is {inflection!r}; allowed is -1 (falling) to 1 (rising).")
+    if isinstance(r, Sequence):
+        if len(r) > depth or inflection != 0:
+            raise EvoViTError(
+                f"r lists {len(r)} values for {depth} blocks; give at most one each, no inflection."
+            )
+        for removed in r:
+            check_count("r", removed, 0, most)
+        return (*r, *(0,) * (depth - len(r)))
+    check_count("r", r, 0, most, "tokens removed by a block")
+    low = int(r * (1 - inflection))
+    step = (2 * r - 2 * low) / max(1, depth - 1)
+    return tuple(int(low + step * number) for number in range(depth))

@@ -1,0 +1,114 @@
+"""Which patches a method keeps: as masks, as numbers against a known box, and as a picture per block."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from evovit.model import ReducedViT
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DIM = 0.25  # brightness left of a patch that is not kept
+
+
+class OnBox(NamedTuple):
+    """How the kept patches of one block lie to the boxes; each a share, 0 to 1, mean over images."""
+
+    covered: float  # patches on the box that are kept; by chance this is `kept`
+    kept: float  # patches kept
+    on_box: float  # kept patches that lie on the box; by chance this is `box`
+    box: float  # patches that lie on the box
+
+
+@torch.inference_mode()
+def kept_patches(model: ReducedViT, images: Tensor) -> Tensor:
+    """Return (B, blocks, rows, columns) bool, True where a patch token takes part in a block.
+
+    Args:
+        model: a reduced model on a flat host, in evaluation mode.
+        images: (B, channels, height, width).
+    """
+    trace = model.run(images, record=True).trace
+    masks = []
+    for tokens in trace:
+        rows, columns = tokens.grid
+        kept = tokens.index.new_zeros(images.shape[0], rows * columns + 1)  # the last column takes index -1
+        kept = kept.scatter(1, tokens.index.remainder(rows * columns + 1), 1)
+        masks.append(kept[:, :-1].reshape(-1, rows, columns).bool())
+    return torch.stack(masks, 1)
+
+
+def patches_on_box(boxes: Tensor, grid: tuple[int, int], image_size: tuple[int, int]) -> Tensor:
+    """Return (B, rows, columns) bool, True where the centre of a patch lies in the box.
+
+    Args:
+        boxes: (B, 4) left, top, right, bottom in pixels.
+        grid: (rows, columns) of patches.
+        image_size: (height, width) in pixels.
+    """
+    left, top, right, bottom = (side[:, None] for side in boxes.unbind(1))
+    y = (torch.arange(grid[0], device=boxes.device) + 0.5) * image_size[0] / grid[0]
+    x = (torch.arange(grid[1], device=boxes.device) + 0.5) * image_size[1] / grid[1]
+    return ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None, :]
+
+
+def kept_on_box(kept: Tensor, on_box: Tensor) -> list[OnBox]:
+    """Compare kept patches with the patches on the box, block by block.
+
+    Args:
+        kept: (B, blocks, rows, columns) bool, from `kept_patches`.
+        on_box: (B, rows, columns) bool, from `patches_on_box`; images without any are left out.
+    """
+    seen = on_box.flatten(1).any(1)
+    kept, box = kept[seen].flatten(2).float(), on_box[seen].flatten(1)[:, None].float()
+    both = (kept * box).sum(2)  # (B, blocks)
+    shares = (both / box.sum(2), kept.mean(2), both / kept.sum(2), box.mean(2).expand_as(both))
+    columns = [share.mean(0).tolist() for share in shares]
+    return [OnBox(*values) for values in zip(*columns, strict=True)]
+
+
+def shade(image: Tensor, kept: Tensor) -> Tensor:
+    """Darken the patches of (3, height, width) colours in [0, 1] that are not kept, (rows, columns) bool."""
+    light = DIM + (1 - DIM) * kept.float()
+    mask = torch.nn.functional.interpolate(light[None, None], size=image.shape[1:], mode="nearest")[0]
+    return image * mask
+
+
+def draw_kept(
+    images: Tensor, kept: Tensor, boxes: Tensor | None = None, titles: list[str] | None = None
+) -> Figure:
+    """Draw a row per image: the image, then what each block keeps, the other patches darkened.
+
+    Args:
+        images: (B, 3, height, width) colours in [0, 1].
+        kept: (B, blocks, rows, columns) bool, from `kept_patches`.
+        boxes: (B, 4) left, top, right, bottom in pixels, outlined in every picture.
+        titles: one per image.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    images, kept = images.cpu(), kept.cpu()
+    num_images, num_blocks = kept.shape[:2]
+    figure = Figure(figsize=(1.2 * (num_blocks + 1), 1.32 * num_images), layout="constrained")
+    panels = figure.subplots(num_images, num_blocks + 1, squeeze=False)
+    for i in range(num_images):
+        pictures = [images[i], *(shade(images[i], kept[i, block]) for block in range(num_blocks))]
+        for block, (panel, picture) in enumerate(zip(panels[i], pictures, strict=True), start=-1):
+            panel.imshow(picture.permute(1, 2, 0).numpy())
+            panel.set_axis_off()
+            if i == 0 and block >= 0:
+                panel.set_title(f"block {block}", fontsize=8)
+            if block < 0 and titles is not None:
+                panel.set_title(titles[i], fontsize=8)
+            if boxes is not None:
+                left, top, right, bottom = boxes[i].tolist()
+                corner = (left - 0.5, top - 0.5)  # imshow centres pixel 0 on 0
+                panel.add_patch(
+                    Rectangle(corner, right - left, bottom - top, fill=False, edgecolor="red", linewidth=0.8)
+                )
+    return figure

@@ -1,0 +1,78 @@
+"""The baselines: top-K by class attention, random and evenly spaced keep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+import evovit
+from evovit.run.macs import gmacs
+from tests.conftest import make_host, pictures
+from tests.parity import assert_close
+
+
+@pytest.mark.parametrize("selection", ["class", "column_mean", "random", "even"])
+def test_counts_and_macs_are_equal_for_every_selection(selection: str) -> None:
+    """int(ratio^j * 196) tokens, as DynamicViT and most re-implementations count."""
+    with torch.device("meta"):
+        host = timm.create_model("deit_small_patch16_224")
+    model = evovit.reduce_tokens(host, "keep", selection=selection)
+    trace = model.run(torch.empty(1, 3, 224, 224, device="meta"), record=True).trace
+    assert [trace[b].num_patches for b in (3, 6, 9)] == [137, 96, 67]
+    plain = evovit.reduce_tokens(host, "evit", fuse=False, keep=(137, 96, 67))
+    assert gmacs(model, (3, 224, 224)) == gmacs(plain, (3, 224, 224))
+
+
+def test_top_class_attention_is_evit_without_fusion() -> None:
+    host, images = make_host("dinov2_reg"), pictures()
+    top = evovit.reduce_tokens(host, "keep", blocks=(1, 2), keep_ratio=0.5)
+    evit = evovit.reduce_tokens(host, "evit", blocks=(1, 2), keep=(8, 4), fuse=False)
+    with torch.no_grad():
+        assert torch.equal(top(images), evit(images))
+
+
+def test_even_keep_is_evenly_spaced_and_the_same_for_every_image() -> None:
+    reduced = evovit.reduce_tokens(make_host("vit"), "keep", blocks=(1,), keep_ratio=0.5, selection="even")
+    with torch.no_grad():
+        index = reduced.run(pictures(), record=True).trace[1].index
+    assert index.tolist() == [list(range(1, 16, 2))] * 2
+
+
+def test_random_keep_repeats_in_evaluation_and_draws_afresh_in_training() -> None:
+    reduced = evovit.reduce_tokens(make_host("vit"), "keep", blocks=(1,), keep_ratio=0.5, selection="random")
+    for training in (False, True):
+        reduced.train(training)
+        one, two = (reduced.run(pictures(), record=True).trace[1].index for _ in range(2))
+        assert torch.equal(one, two) is not training
+        assert training or torch.equal(one[0], one[1])
+
+
+@pytest.mark.parametrize("host", ["dinov2_reg", "deit_distilled", "siglip", "eva02"])
+@pytest.mark.parametrize("selection", ["random", "even"])
+def test_kept_tokens_are_what_the_host_makes_of_them_and_prefixes_stay(host: str, selection: str) -> None:
+    model, images = make_host(host), pictures()
+    reduced = evovit.reduce_tokens(model, "keep", blocks=(0,), keep_ratio=0.5, selection=selection)
+    dense = evovit.reduce_tokens(model, "keep", keep_ratio=1.0, blocks=(0,), selection=selection)
+    with torch.no_grad():
+        ours = reduced.run(images, record=True).trace[0]
+        whole = dense.run(images, record=True).trace[0]
+    rows = ours.index[..., None].expand_as(ours.patches)
+    assert_close(ours.patches, whole.patches.gather(1, rows))
+    assert torch.equal(ours.prefix, whole.prefix) or torch.allclose(ours.prefix, whole.prefix, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"keep_ratio": 0}, "keep_ratio is 0; it is the share of tokens kept"),
+        ({"keep_ratio": 1.5}, "keep_ratio is 1.5; allowed is a number from 0 to 1"),
+        ({"blocks": (4,)}, "blocks is 4; allowed is 0 to 3"),
+        ({"selection": "best"}, "selection is 'best'; allowed is 'class' or"),
+    ],
+)
+def test_wrong_options_are_refused_in_one_sentence(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(evovit.EvoViTError, match=sentence):
+        evovit.reduce_tokens(make_host("vit"), "keep", **({"blocks": (1,)} | options))

@@ -1,0 +1,186 @@
+"""Images: order, augmentation as a function of place, sharing out, damaged files, and the sentences."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from evovit.errors import EvoViTError
+from evovit.run.config import parse_recipe
+from evovit.run.datasets import DigitImages, PictureImages, open_images, posterize
+from evovit.run.recipe import Recipe
+from evovit.run.world import World
+from tests.run.processes import train_here
+
+COLOURS = ((0.5,) * 3, (0.25,) * 3)
+CPU = torch.device("cpu")
+
+
+def write_images(folder: Path, classes: int = 3, each: int = 4) -> Path:
+    """Write a tree split/class/image of small JPEGs, every image of one colour of its own."""
+    for split in ("train", "val"):
+        for label in range(classes):
+            place = folder / split / f"class{label}"
+            place.mkdir(parents=True)
+            for number in range(each):
+                shade = 20 * number + 5
+                Image.new("RGB", (40, 30), (shade, 80 * label, 255 - shade)).save(place / f"{number}.jpg")
+    return folder
+
+
+def recipe_for(source: str | Path, **data: Any) -> Recipe:
+    model = {
+        "name": "vit_tiny_patch16_224",
+        "options": {"img_size": 24, "patch_size": 6, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    }
+    return parse_recipe(
+        {
+            "model": model,
+            "data": {
+                "source": str(source),
+                "batch_size": 4,
+                **({} if source == "digits" else {"workers": 0}),
+                **data,
+            },
+            "learning_rate": {"base": 1e-3, "warm_up_epochs": 1},
+            "run": {"epochs": 2, "device": "cpu"},
+        }
+    )
+
+
+def read(images: Any, epoch: int = 0, first: int = 0, size: int = 1, accumulate: int = 1) -> list[Any]:
+    return [list(images.train(epoch, first, World(rank, size, CPU), accumulate)) for rank in range(size)]
+
+
+DEIT = {"rand_augment": "rand-m9-mstd0.5-inc1", "erase": 0.5, "repeats": 3}
+
+
+def test_augmentation_follows_from_the_place_alone(tmp_path: Path) -> None:
+    images = open_images(recipe_for(write_images(tmp_path), **DEIT), 24, COLOURS)
+    (whole,) = read(images)
+    (later,) = read(images, first=1)
+    assert len(whole) == 3 and len(later) == 2
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(whole[1:], later, strict=True))
+    parts = [batch for rank in read(images, size=2) for batch in rank]
+    halves = read(images, accumulate=2)[0]
+    every = [torch.cat([batch[0] for batch in batches]) for batches in (whole, parts, halves)]
+    keys = [sorted(image.flatten().tolist() for image in pile) for pile in every]
+    assert keys[0] == keys[1] == keys[2]
+    (other,) = read(images, epoch=1)
+    assert not any(torch.equal(a[0], b[0]) for a, b in zip(whole, other, strict=True))
+
+
+def test_augmentation_leaves_the_generators_alone(tmp_path: Path) -> None:
+    images = open_images(recipe_for(write_images(tmp_path), mixup=0.8, cutmix=1.0, **DEIT), 24, COLOURS)
+    state = torch.random.get_rng_state()
+    (batch, targets), *_ = read(images)[0]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert targets.shape == (4, 3) and torch.allclose(targets.sum(1), torch.ones(4))
+    assert batch.shape == (4, 3, 24, 24)
+
+
+def test_repeated_augmentation_shows_a_third_of_the_images_three_times() -> None:
+    images = DigitImages(recipe_for("digits", scenes=12), 24)
+    assert sorted(images.order(0)) == list(range(12)) and images.order(0) != images.order(1)
+    object.__setattr__(images.recipe.data, "repeats", 3)
+    order = images.order(0)
+    assert len(order) == 12 and len(set(order)) == 4
+    assert all(len(set(order[i : i + 3])) == 1 for i in range(0, 12, 3))
+
+
+def test_the_strongest_augmentation_works_with_this_pillow(tmp_path: Path) -> None:
+    """timm's posterize keeps 0 bits at magnitude 10, which Pillow 13 refuses."""
+    strongest = {"rand_augment": "rand-m10-inc1", "flip": 0.0}
+    images = open_images(recipe_for(write_images(tmp_path), **strongest), 24, COLOURS)
+    for epoch in range(8):
+        assert all(batch.isfinite().all() for batch, _ in read(images, epoch)[0])
+    assert posterize(Image.new("RGB", (2, 2), "white"), 0).getpixel((0, 0)) == (0, 0, 0)
+    assert posterize(Image.new("RGB", (2, 2), (255, 127, 1)), 1).getpixel((0, 0)) == (128, 0, 0)
+
+
+def test_every_test_image_is_in_exactly_one_process(tmp_path: Path) -> None:
+    images = open_images(recipe_for(write_images(tmp_path)), 24, COLOURS)
+    shares = [sum(len(y) for _, y in images.test(World(rank, 5, CPU))) for rank in range(5)]
+    assert sum(shares) == 12 and max(shares) - min(shares) == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # timm keeps tar files open
+def test_tar_files_give_the_images_of_the_folder(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            tar.add(tmp_path / split, arcname=".")
+    names = {"train_split": "train.tar", "test_split": "val.tar"}
+    folder, tar_images = (open_images(recipe_for(tmp_path, **extra), 24, COLOURS) for extra in ({}, names))
+    for a, b in zip(folder.test(World(0, 1, CPU)), tar_images.test(World(0, 1, CPU)), strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def damage(folder: Path, count: int) -> list[Path]:
+    victims = sorted((folder / "train").glob("*/*.jpg"))[:count]
+    for victim in victims:
+        victim.write_bytes(victim.read_bytes()[:100])
+    return victims
+
+
+def test_a_corrupt_image_is_reported_by_path_and_counted(tmp_path: Path) -> None:
+    victims = damage(write_images(tmp_path / "data"), 2)
+    said = train_here(recipe_for(tmp_path / "data"), tmp_path / "run")
+    epochs = [json.loads(line) for line in (tmp_path / "run" / "epochs.jsonl").read_text().splitlines()]
+    assert epochs[-1]["unreadable"] == sorted(map(str, victims)) and epochs[-1]["test_images"] == 12
+    for victim in victims:
+        assert said.count(f"unreadable: {victim}") == 1
+
+
+def test_a_limit_of_corrupt_images_stops_the_run(tmp_path: Path) -> None:
+    victims = damage(write_images(tmp_path / "data"), 2)
+    with pytest.raises(EvoViTError, match=r"2 images cannot be read, data.max_corrupt is 1; the last: .*jpg"):
+        train_here(recipe_for(tmp_path / "data", max_corrupt=1), tmp_path / "run")
+    for victim in victims:
+        victim.unlink()
+        Image.new("RGB", (40, 30)).save(victim)
+    assert "finished" in train_here(recipe_for(tmp_path / "data", max_corrupt=1), tmp_path / "run")
+
+
+def test_workers_give_what_one_process_gives(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    alone, helped = (
+        read(open_images(recipe_for(tmp_path, workers=n, **DEIT), 24, COLOURS))[0] for n in (0, 2)
+    )
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(alone, helped, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "sentence"),
+    [
+        (lambda folder: folder.rename(folder.with_name("moved")), "nothing is there"),
+        (lambda folder: (folder / "val").rename(folder / "test"), r"it holds test, train"),
+        (
+            lambda folder: (folder / "val" / "class2").rename(folder / "val" / "other"),
+            "only in one of them: class2",
+        ),
+    ],
+)
+def test_wrong_folders_are_sentences(tmp_path: Path, break_it: Any, sentence: str) -> None:
+    folder = write_images(tmp_path / "data")
+    break_it(folder)
+    with pytest.raises(EvoViTError, match=sentence):
+        PictureImages(recipe_for(folder), 24, COLOURS)
+
+
+def test_an_empty_folder_and_a_missing_package_are_sentences(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+    with pytest.raises(EvoViTError, match="holds no images"):
+        PictureImages(recipe_for(tmp_path), 24, COLOURS)
+    try:
+        import datasets  # noqa: F401
+    except ImportError:
+        with pytest.raises(EvoViTError, match="pip install datasets"):
+            PictureImages(recipe_for("hfds/cifar10"), 24, COLOURS)

@@ -1,0 +1,111 @@
+"""Quickstart: one tiny run through the real path, and the sentences for wrong arguments."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from evovit import cli
+from evovit.errors import EvoViTError
+from evovit.run.quickstart import quickstart
+from evovit.run.report import Result
+from evovit.run.small_vit import ConvStem, small_vit
+from evovit.run.train import Recipe, train
+
+KEYS = (
+    *("model", "method", "keep_ratio", "top1", "gmacs", "images_per_second", "train_seconds", "parameters"),
+    *("device", "dtype", "batch_size"),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "quickstart"
+    quickstart(out, epochs=1, scenes_per_epoch=32, test_scenes=20, speed_rounds=2, device="cpu")
+    return out
+
+
+def test_results_are_rows_with_the_agreed_keys(folder: Path) -> None:
+    rows = json.loads((folder / "results.json").read_text())
+    assert [tuple(row) for row in rows] == [KEYS, KEYS]
+    assert tuple(Result.__dataclass_fields__) == KEYS
+    dense, evo = rows
+    assert (dense["method"], evo["method"]) == ("dense", "evo_vit")
+    assert (dense["keep_ratio"], evo["keep_ratio"]) == (1.0, 0.5)
+    assert evo["gmacs"] <= 0.70 * dense["gmacs"]
+    assert dense["parameters"] == evo["parameters"]
+    assert all(0 <= row["top1"] <= 100 and row["images_per_second"] > 0 for row in rows)
+
+
+def test_the_report_is_one_file_that_fetches_nothing(folder: Path) -> None:
+    html = (folder / "report.html").read_text()
+    assert "http" not in html and "src=" in html
+    assert html.count('src="data:image/png;base64,') == html.count("src=") == 2
+    assert "<script" not in html and "<link" not in html
+
+
+def test_pictures_are_written_and_nothing_temporary_stays(folder: Path) -> None:
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"results.json", "report.html", "accuracy_speed.png", "kept_patches.png"}
+    assert (folder / "kept_patches.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_equal_seeds_train_equal_models() -> None:
+    recipe = Recipe(epochs=1, scenes_per_epoch=32, batch_size=16)
+    models = [small_vit(seed=3) for _ in range(2)]
+    for model in models:
+        train(model, recipe)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_rate_rises_and_falls() -> None:
+    recipe = Recipe(epochs=10, scenes_per_epoch=640, batch_size=64)
+    rates = [recipe.rate(step) for step in range(recipe.steps)]
+    top = rates.index(max(rates))
+    assert (
+        max(rates) == 1
+        and rates[:top] == sorted(rates[:top])
+        and rates[top:] == sorted(rates[top:], reverse=True)
+    )
+    assert rates[-1] < 0.01
+
+
+def test_the_stem_gives_a_token_per_patch() -> None:
+    assert ConvStem(48, 6, 3, 32)(torch.randn(2, 3, 48, 48)).shape == (2, 64, 32)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"keep_ratio": 0.0},
+        {"keep_ratio": 1.5},
+        {"epochs": 0},
+        {"test_scenes": 0},
+        {"speed_rounds": 0},
+        {"device": "tpu"},
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_training(bad: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(EvoViTError, match=r"allowed|above 0"):
+        quickstart(tmp_path / "new", **bad)  # type: ignore[arg-type]
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_as_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(EvoViTError, match="give a folder"):
+            quickstart(out)
+
+
+def test_the_command_line_says_it_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["evovit", "quickstart", "--keep-ratio", "0"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.startswith("evovit: keep_ratio is 0")

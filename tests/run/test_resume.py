@@ -1,0 +1,190 @@
+"""Trainings that are killed, damaged or out of space go on, and end to the bit as if nothing had been.
+
+Children come from a fork server that has imported everything; most of the time is their start.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from evovit.errors import EvoViTError
+from evovit.run import trainer
+from evovit.run.state import read_checkpoint
+from tests.run.processes import finish, losses, outcome, small, start, start_world, train_here
+
+Outcome = tuple[dict[str, bytes], list[float]]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train_here(small(folder), folder / "run")
+    return outcome(folder / "run")
+
+
+def kill_often(tmp_path: Path, kills: int, seed: int) -> tuple[Path, int]:
+    """Kill a run at random moments until it has been killed often enough or has ended; return both."""
+    rng, recipe, folder, done = random.Random(seed), small(tmp_path), tmp_path / "run", 0
+    while done < kills:
+        child = start(recipe, folder)
+        steps = folder / "steps.jsonl"
+        before = steps.stat().st_mtime_ns if steps.exists() else 0
+        while child.exitcode is None and (not steps.exists() or steps.stat().st_mtime_ns == before):
+            child.join(0.005)
+        child.join(rng.uniform(0, 0.12))  # updates and checkpoints take turns, some 10 ms each
+        if child.exitcode is not None:
+            break
+        child.kill()
+        done += finish(child) == [-signal.SIGKILL]
+    assert finish(start(recipe, folder)) == [0]
+    return folder, done
+
+
+def test_killed_runs_end_bit_identical(tmp_path: Path, undisturbed: Outcome) -> None:
+    folder, kills = kill_often(tmp_path, 4, seed=0)
+    assert kills >= 3
+    assert outcome(folder) == undisturbed
+    assert not list(folder.glob("**/.*.tmp"))
+
+
+@pytest.mark.slow
+def test_twenty_kills_end_bit_identical(tmp_path: Path, undisturbed: Outcome) -> None:
+    total, seed = 0, 1
+    while total < 20:
+        place = tmp_path / str(seed)
+        place.mkdir()
+        folder, kills = kill_often(place, 20 - total, seed)
+        assert outcome(folder) == undisturbed
+        total, seed = total + kills, seed + 1
+
+
+@pytest.mark.parametrize("moment", ["before the tensors", "before the description", "after"])
+def test_a_kill_within_a_checkpoint_loses_nothing(
+    tmp_path: Path, undisturbed: Outcome, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kill is an exception here, thrown at each step of writing a checkpoint."""
+    from evovit.run import state
+
+    real, calls = state.write_atomically, iter(range(10**6))
+    at = {"before the tensors": 14, "before the description": 15, "after": 16}[moment]
+
+    def dying(path: Path, write: object) -> None:
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        real(path, write)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(state, "write_atomically", dying)
+    with pytest.raises(KeyboardInterrupt):
+        train_here(small(tmp_path), tmp_path / "run")
+    monkeypatch.undo()
+    assert "going on after update" in train_here(small(tmp_path), tmp_path / "run")
+    assert outcome(tmp_path / "run") == undisturbed
+
+
+def test_sigterm_saves_and_exits_cleanly(tmp_path: Path, undisturbed: Outcome) -> None:
+    recipe, folder = small(tmp_path, "run.checkpoint_every=0"), tmp_path / "run"
+    child = start(recipe, folder)
+    steps = folder / "steps.jsonl"
+    while child.exitcode is None and not (steps.exists() and len(steps.read_text().splitlines()) >= 2):
+        child.join(0.005)
+    os.kill(child.pid or 0, signal.SIGTERM)
+    assert finish(child) == [0]
+    said = (tmp_path / "run.said").read_text()
+    assert "stopped and saved after update" in said
+    update = int(said.split("after update ")[1])
+    assert read_checkpoint(folder / "checkpoints", f"{update:09d}").plain["update"] == update
+    assert "finished" in train_here(small(tmp_path), folder)
+    assert outcome(folder) == undisturbed
+
+
+def interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> Path:
+    """Leave a run with checkpoints of the last two updates up to `after`."""
+    real = trainer.Trainer.step
+
+    def step(self: trainer.Trainer, *arguments: object) -> bool:
+        if self.update == after:
+            raise KeyboardInterrupt
+        return real(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer.Trainer, "step", step)
+    with pytest.raises(KeyboardInterrupt):
+        train_here(small(tmp_path), tmp_path / "run")
+    monkeypatch.undo()
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "remove"])
+def test_a_damaged_checkpoint_is_seen_and_the_one_before_used(
+    tmp_path: Path, undisturbed: Outcome, suffix: str, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = interrupt(tmp_path, monkeypatch, 9)
+    victim = folder / "checkpoints" / f"000000009.{suffix}"
+    content = bytearray(victim.read_bytes())
+    place = len(content) // 2
+    if damage == "remove":
+        victim.unlink()
+    else:
+        content[place] ^= 4
+        victim.write_bytes({"flip": bytes(content), "cut": content[:place], "empty": b""}[damage])
+    said = train_here(small(tmp_path), folder)
+    assert ("is damaged" in said) == (damage != "remove" or suffix == "safetensors")
+    assert "going on after update 8 of 24" in said
+    assert outcome(folder) == undisturbed
+
+
+def test_nothing_is_overwritten_where_all_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = interrupt(tmp_path, monkeypatch, 3)
+    for path in folder.glob("checkpoints/0*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    before = {path: path.read_bytes() for path in folder.glob("checkpoints/*")}
+    with pytest.raises(EvoViTError, match="All checkpoints in .* are damaged"):
+        train_here(small(tmp_path), folder)
+    assert {path: path.read_bytes() for path in folder.glob("checkpoints/*")} == before
+
+
+def test_a_full_disk_is_a_sentence_and_loses_nothing(
+    tmp_path: Path, undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = interrupt(tmp_path, monkeypatch, 5)
+    assert finish(start(small(tmp_path), folder, largest_file=200_000)) == [2]
+    said = (tmp_path / "run.said").read_text()
+    assert "cannot be written" in said and "is whole" in said
+    assert "going on after update 5" in train_here(small(tmp_path), folder)
+    assert outcome(folder) == undisturbed
+
+
+def test_a_finished_run_stays_as_it_is_and_another_recipe_is_refused(tmp_path: Path) -> None:
+    recipe, folder = small(tmp_path, "run.epochs=2"), tmp_path / "run"
+    train_here(recipe, folder)
+    before = outcome(folder)
+    assert "finished" in train_here(recipe, folder)
+    assert outcome(folder) == before
+    with pytest.raises(EvoViTError, match=r"method.keep_ratio: None, now 0.7"):
+        train_here(small(tmp_path, "run.epochs=2", "method.keep_ratio=0.7"), folder)
+    assert outcome(folder) == before
+    train_here(small(tmp_path, "run.epochs=2", "run.batch_per_device=8"), folder)  # how, not what
+
+
+def test_processes_and_accumulation_give_one_loss_curve(tmp_path: Path) -> None:
+    """Two processes of 8, one of 16, one of 8 with two forwards per update: 50 updates, 1e-5."""
+    shared = (
+        "data.mixup=0.0",
+        "model.drop_path=0.0",
+        "data.scenes=400",
+        "run.epochs=2",
+        "run.checkpoint_every=0",
+    )
+    recipe = small(tmp_path, *shared)
+    assert finish(*start_world(recipe, tmp_path / "two", 2)) == [0, 0]
+    train_here(recipe, tmp_path / "one")
+    train_here(small(tmp_path, *shared, "run.batch_per_device=8"), tmp_path / "accumulated")
+    one = losses(tmp_path / "one")
+    assert len(one) == 50 and abs(one[0] - one[-1]) > 0.01
+    for name in ("two", "accumulated"):
+        assert max(abs(a - b) for a, b in zip(one, losses(tmp_path / name), strict=True)) < 1e-5

@@ -1,0 +1,144 @@
+"""ReducedViT as a timm user meets it: names, conveniences, registry, errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import evovit
+from evovit.methods import register
+from evovit.methods.base import Method
+from evovit.methods.evo_vit import EvoViT
+from tests.conftest import make_host, pictures
+
+SMALL = {"start_block": 1, "stage_length": 2}
+
+
+def test_named_models_come_from_both_doors() -> None:
+    for create in (evovit.create_model, timm.create_model):
+        model = create("evo_deit_tiny_patch16_224", num_classes=7, keep_ratio=0.7, drop_path_rate=0.1)
+        assert isinstance(model, evovit.ReducedViT)
+        assert model.num_classes == 7
+        assert model.method.config.keep_ratio == 0.7
+        assert model.method.config.fast_update is False
+    assert set(evovit.list_models()) <= set(timm.list_models("evo_deit*"))
+    assert timm.data.resolve_data_config(model=model)["input_size"] == (3, 224, 224)
+
+
+def test_named_models_refuse_what_they_cannot_give() -> None:
+    with pytest.raises(evovit.EvoViTError, match="No Evo-DeiT weights are hosted"):
+        evovit.create_model("evo_deit_tiny_patch16_224", pretrained=True)
+    with pytest.raises(evovit.EvoViTError, match="Did you mean 'evo_deit_tiny_patch16_224'"):
+        evovit.create_model("evo_deit_tiny_patch16_22")
+
+
+def test_timms_conveniences() -> None:
+    host, images = make_host("vit_avg"), pictures()
+    reduced = evovit.reduce_tokens(host, "evo_vit", assisted_head=True, **SMALL)
+    with torch.no_grad():
+        features = reduced.forward_features(images)
+        assert features.shape == (2, 17, 32)
+        assert torch.equal(reduced.forward_head(features), reduced(images))
+        assert reduced.forward_head(features, pre_logits=True).shape == (2, 32)
+        assert reduced.feature_map(images).shape == (2, 32, 4, 4)
+    assert reduced.get_classifier() is host.head
+    assert reduced.no_weight_decay() == {f"model.{name}" for name in host.no_weight_decay()}
+    assert reduced.no_weight_decay() & dict(reduced.named_parameters()).keys() == {
+        "model.cls_token",
+        "model.pos_embed",
+    }
+    assert reduced.num_classes == 5 and reduced.num_features == 32
+    assert reduced.pretrained_cfg == {}
+    reduced.reset_classifier(3)
+    outputs = reduced.run(images)
+    assert outputs.logits.shape == outputs.extra_logits["class_token"].shape == (2, 3)
+
+
+def test_layer_decay_groups_match_the_wrapped_names() -> None:
+    from timm.optim import param_groups_layer_decay
+
+    reduced = evovit.reduce_tokens(make_host("vit"), "evo_vit", **SMALL)
+    ours = param_groups_layer_decay(reduced, layer_decay=0.5)
+    hosts = param_groups_layer_decay(reduced.model, layer_decay=0.5)
+    assert [(g["lr_scale"], len(g["params"])) for g in ours] == [
+        (g["lr_scale"], len(g["params"])) for g in hosts
+    ]
+
+
+def test_a_feature_map_is_refused_where_tokens_are_gone() -> None:
+    options = {"preserve": False, "fast_update": False}
+    with pytest.raises(evovit.EvoViTError, match="leaves 8 of 16"):
+        evovit.reduce_tokens(make_host("vit"), "evo_vit", **SMALL, **options).feature_map(pictures())
+
+
+def test_any_depth_and_any_resolution() -> None:
+    host = timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, depth=7, num_classes=3, dynamic_img_size=True
+    )
+    reduced = evovit.reduce_tokens(host, "evo_vit", start_block=2, stage_length=3, keep_ratio=0.5).eval()
+    with torch.no_grad():
+        for size in (64, 96, 128):
+            trace = reduced.run(pictures(1, size), record=True).trace
+            assert trace[-1].num_patches == (size // 16) ** 2 // 2 + 1  # and the representative token
+
+
+def test_a_config_is_taken_as_it_is() -> None:
+    config = EvoViT.Config(keep_ratio=0.25, **SMALL)
+    assert evovit.reduce_tokens(make_host("vit"), config).method.config is config
+    with pytest.raises(evovit.EvoViTError, match="Options keep_ratio given beside a Config"):
+        evovit.reduce_tokens(make_host("vit"), config, keep_ratio=0.5)
+
+
+def test_unknown_methods_and_hosts_are_refused_in_one_sentence() -> None:
+    with pytest.raises(evovit.EvoViTError, match="There is no method 'evovit'.*Did you mean 'evo_vit'"):
+        evovit.reduce_tokens(make_host("vit"), "evovit")
+    swin = timm.create_model(
+        "swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1), embed_dim=12, num_heads=(1, 1, 1, 1)
+    )
+    with pytest.raises(
+        evovit.EvoViTError, match="SwinTransformer is not a supported host; .*VisionTransformer"
+    ):
+        evovit.reduce_tokens(swin, "evo_vit")
+
+
+def test_a_method_name_is_used_once() -> None:
+    with pytest.raises(ValueError, match="is taken by EvoViT"):
+        register("evo_vit")(type("Other", (Method,), {}))
+
+
+def test_two_models_in_one_process_do_not_share_state() -> None:
+    one, two = (
+        evovit.reduce_tokens(make_host("vit"), "evo_vit", keep_ratio=r, **SMALL) for r in (0.25, 0.75)
+    )
+    images = pictures()
+    with torch.no_grad():
+        alone = one(images)
+        two(images)
+        assert torch.equal(one(images), alone)
+
+
+@pytest.mark.parametrize("arguments", [["methods"], ["--help"]])
+def test_the_command_line_runs_as_a_module(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "evovit", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "evo_vit" in done.stdout or "quickstart" in done.stdout
+
+
+def test_a_wrong_command_line_exits_with_2_and_no_traceback() -> None:
+    for arguments in (["quickstart", "--keep-ratio", "0"], ["no-such-command"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "evovit", *arguments], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+
+
+def test_py_typed_is_shipped() -> None:
+    assert (Path(evovit.__file__).parent / "py.typed").exists()
