@@ -7,6 +7,7 @@ import timm
 import torch
 
 import evovit
+from evovit.methods import find_method
 from evovit.run.macs import gmacs, gmacs_counted
 
 TABLE = [  # dense and Evo-ViT at keep 0.5 from block 4, GMACs
@@ -54,3 +55,11 @@ def test_named_models_carry_the_published_work_and_size() -> None:
         size = int(name[-3:])
         assert gmacs(model, (3, size, size)) == pytest.approx(work, rel=5e-3)
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(parameters, abs=0.006)
+
+
+@pytest.mark.parametrize("method", evovit.list_methods())
+def test_formula_and_counter_agree_for_every_method(method: str) -> None:
+    with torch.device("meta"):
+        host = timm.create_model("deit_tiny_patch16_224", depth=4)
+    reduced = evovit.reduce_tokens(host.eval(), method, **find_method(method).example)
+    assert gmacs(reduced, (3, 224, 224)) == pytest.approx(gmacs_counted(reduced, (3, 224, 224)), rel=0.01)

@@ -35,8 +35,8 @@ class Block(ABC):
         """Return tokens + feed-forward branch."""
 
     @abstractmethod
-    def weights(self) -> tuple[int, int]:
-        """Return how many matrix entries each row meets in the attention and in the FFN (to count MACs)."""
+    def weights(self) -> tuple[int, int, int]:
+        """Return how many matrix entries a row meets in `qkv`, `attention` and `ffn` (to count MACs)."""
 
     @final
     def attend(self, tokens: Tokens, bias: Tensor | None = None) -> tuple[Tokens, QKV]:

@@ -75,8 +75,9 @@ class PreNormBlock(Block):
         branch = self.block.ls2(self.block.mlp(self.block.norm2(tokens.x)))
         return tokens.with_x(tokens.x + self.block.drop_path2(branch))
 
-    def weights(self) -> tuple[int, int]:
-        return matrix_entries(self.block.attn), matrix_entries(self.block.mlp)
+    def weights(self) -> tuple[int, int, int]:
+        attn, after = self.block.attn, matrix_entries(self.block.attn.proj)
+        return matrix_entries(attn) - after, after, matrix_entries(self.block.mlp)
 
 
 class PostNormBlock(PreNormBlock):

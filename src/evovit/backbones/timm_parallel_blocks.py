@@ -49,8 +49,9 @@ class ParallelThingsBlock(PreNormBlock):
     def ffn(self, tokens: Tokens) -> Tokens:
         return tokens.with_x(tokens.x + torch.stack([ffn(tokens.x) for ffn in self.block.ffns]).sum(0))
 
-    def weights(self) -> tuple[int, int]:
-        return matrix_entries(self.block.attns), matrix_entries(self.block.ffns)
+    def weights(self) -> tuple[int, int, int]:
+        after = sum(matrix_entries(branch.attn.proj) for branch in self.block.attns)
+        return matrix_entries(self.block.attns) - after, after, matrix_entries(self.block.ffns)
 
 
 class ParallelScalingBlock(PreNormBlock):
@@ -89,5 +90,6 @@ class ParallelScalingBlock(PreNormBlock):
     def ffn(self, tokens: Tokens) -> Tokens:
         return tokens
 
-    def weights(self) -> tuple[int, int]:
-        return matrix_entries(self.block), 0
+    def weights(self) -> tuple[int, int, int]:
+        before = matrix_entries(self.block.in_proj)
+        return before, matrix_entries(self.block) - before, 0

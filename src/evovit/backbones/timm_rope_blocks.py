@@ -112,8 +112,9 @@ class EvaBlock(Block):
         branch = branch if gamma is None else gamma * branch
         return tokens.with_x(tokens.x + self.block.drop_path2(branch))
 
-    def weights(self) -> tuple[int, int]:
-        return matrix_entries(self.block.attn), matrix_entries(self.block.mlp)
+    def weights(self) -> tuple[int, int, int]:
+        attn, after = self.block.attn, matrix_entries(self.block.attn.proj)
+        return matrix_entries(attn) - after, after, matrix_entries(self.block.mlp)
 
 
 class EvaBlockPostNorm(EvaBlock):

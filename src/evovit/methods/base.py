@@ -89,7 +89,7 @@ class Method(nn.Module, ABC):
             raise EvoViTError(f"{type(self).__name__} has no keep ratio that could start late or ramp.")
         self.full_schedule = self.full_schedule or self.schedule
         ratios = tuple(1 - share * (1 - ratio) for ratio in self.full_schedule.ratios)
-        self.schedule = replace(self.full_schedule, ratios=ratios)
+        self.schedule = self.full_schedule if share == 1 else replace(self.full_schedule, ratios=ratios)
 
 
 def require_class_token(spec: BackboneSpec, what: str, instead: str) -> None:

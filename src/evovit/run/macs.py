@@ -28,19 +28,20 @@ class CountedBlock(Block):
         self.block, self.number, self.notes = block, block.number, notes
 
     def qkv(self, tokens: Tokens) -> QKV:
+        self.notes.append(tokens.x.shape[1] * self.weights()[0])
         return self.block.qkv(tokens)
 
     def attention(self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None) -> Tokens:
         heads, queries, width = qkv.q.shape[1:]
         both_products = 2 * heads * width * queries * qkv.k.shape[2]
-        self.notes.append(tokens.x.shape[1] * self.weights()[0] + both_products)
+        self.notes.append(tokens.x.shape[1] * self.weights()[1] + both_products)
         return self.block.attention(tokens, qkv, bias)
 
     def ffn(self, tokens: Tokens) -> Tokens:
-        self.notes.append(tokens.x.shape[1] * self.weights()[1])
+        self.notes.append(tokens.x.shape[1] * self.weights()[2])
         return self.block.ffn(tokens)
 
-    def weights(self) -> tuple[int, int]:
+    def weights(self) -> tuple[int, int, int]:
         return self.block.weights()
 
 
