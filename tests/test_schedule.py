@@ -31,6 +31,12 @@ def test_rows_that_enter_a_block_are_rounded_to_a_multiple(multiple: int, keep: 
     assert (count + 2) % multiple == 0
 
 
+def test_a_block_that_keeps_all_is_not_rounded() -> None:
+    schedule = KeepSchedule.from_block(12, 0.5, 4, 16)
+    assert schedule.count(3, 196, others=1) is None
+    assert KeepSchedule.from_block(12, 1.0, 4, 16).count(4, 196, others=1) is None
+
+
 def test_stages_are_counted_from_the_first_reducing_block() -> None:
     schedule = KeepSchedule.from_block(12, 0.5, 4)
     assert [i for i in range(12) if i >= 4 and schedule.starts_stage(i, 4)] == [4, 8]

@@ -64,6 +64,8 @@ class KeepSchedule:
 
         `others` is the number of rows that enter beside the kept: prefix tokens, a representative token.
         """
+        if self.ratios[number] == 1:
+            return None
         keep = self.rounding(num_patches * self.ratios[number])
         if self.multiple_of > 1:
             keep = round((keep + others) / self.multiple_of) * self.multiple_of - others

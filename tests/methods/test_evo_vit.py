@@ -235,6 +235,13 @@ def test_all_placeholders_change_by_one_vector_with_fast_update() -> None:
         assert_close(moved, moved[:1].expand_as(moved))
 
 
+@pytest.mark.parametrize("fast_update", [False, True])
+def test_rows_of_reduced_blocks_are_multiples_and_the_others_stay(fast_update: bool) -> None:
+    options = {"start_block": 1, "stage_length": 2, "multiple_of": 5, "fast_update": fast_update}
+    outputs = evovit.reduce_tokens(make_host("vit"), "evo_vit", **options).run(pictures(), record=True)
+    assert [tokens.x.shape[1] for tokens in outputs.trace] == [17, 10, 10, 10]
+
+
 def test_dropping_removes_placeholders_for_good() -> None:
     """Table 3, naive selection: counts stay at int(ratio * N) of the first grid."""
     options = {
