@@ -14,7 +14,7 @@ class Tokens:
 
     Args:
         x: (B, P + N, C).
-        index: (B, N) int64, raster position at the stage's start; -1 where a token stands for several.
+        index: (B, N) int64, raster position at the stage's start; -1 where a token has no place of its own.
         num_prefix: P, the class, distillation and register tokens; never reduced.
         grid: (rows, columns) of the stage.
         size: (B, N) patches a token stands for; None means one each.

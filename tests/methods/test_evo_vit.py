@@ -95,7 +95,7 @@ def test_released_defaults_are_the_loaders_defaults() -> None:
 
 
 def test_units_of_the_official_code() -> None:
-    """Its gather, its weighted representative token, and the DeiT branch's loss without teacher (eq. 8)."""
+    """Its gather and its weighted representative token; the losses are in tests/run/test_objective.py."""
     from evovit.ops.select import take
     from evovit.ops.update import representative
 
