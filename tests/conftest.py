@@ -20,6 +20,8 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
+from evovit.models.lv_vit import LVViT
+
 torch.set_num_threads(
     1
 )  # tiny tensors: a second thread costs more than it brings, and workers share the cores
@@ -64,6 +66,7 @@ HOSTS: dict[str, Callable[[], nn.Module]] = {
         **TINY, use_rot_pos_emb=True, qkv_fused=False, swiglu_mlp=True, scale_mlp=True, init_values=0.1
     ),
     "dinov3": lambda: timm.create_model("vit_small_patch16_dinov3", **(TINY | {"embed_dim": 64})),
+    "lv_vit": lambda: LVViT(**TINY),
 }
 
 

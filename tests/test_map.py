@@ -10,7 +10,7 @@ import evovit
 ROOT = Path(evovit.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 LOW = ["errors", "tokens", "ops", "schedule", "backbones", "methods", "model", "models"]
-LEVELS = [*LOW, "visualize", "data", "run", "cli"]
+LEVELS = [*LOW, "fuse", "visualize", "data", "run", "cli"]
 
 
 def module_of(path: Path) -> str:

@@ -5,7 +5,15 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from evovit import ReducedViT, reduce_tokens
-from evovit.visualize import DIM, draw_kept, kept_on_box, kept_patches, patches_on_box, shade
+from evovit.visualize import (
+    DIM,
+    draw_kept,
+    draw_side_by_side,
+    kept_on_box,
+    kept_patches,
+    patches_on_box,
+    shade,
+)
 
 
 @pytest.fixture
@@ -24,6 +32,23 @@ def test_masks_are_the_awake_patches_of_each_block(model: ReducedViT) -> None:
         for image in range(3):
             awake = {i for i in tokens.index[image].tolist() if i >= 0}
             assert set(kept[image, block].flatten().nonzero().flatten().tolist()) == awake
+
+
+def test_a_pooled_token_stands_for_all_cells_of_its_window(model: ReducedViT) -> None:
+    pooled = reduce_tokens(model.model, "subsample", block=2)
+    kept = kept_patches(pooled, torch.randn(2, 3, 16, 16))
+    assert kept.shape == (2, 4, 4, 4) and kept.all()
+
+
+def test_models_side_by_side_are_one_picture_each_and_none_is_dark_without_places() -> None:
+    images = torch.rand(2, 3, 8, 8)
+    kept = {"some": torch.tensor([[[1, 0], [0, 1]]] * 2).bool(), "slots": torch.zeros(2, 2, 2).bool()}
+    panels = draw_side_by_side(images, kept, ["one", "two"]).axes
+    assert [panel.get_title() for panel in panels] == ["one", "some", "slots", "two", "", ""]
+    shown = torch.from_numpy(panels[2].get_images()[0].get_array().data)
+    assert torch.equal(shown, images[0].permute(1, 2, 0))
+    darkened = torch.from_numpy(panels[1].get_images()[0].get_array().data)
+    assert torch.allclose(darkened[0, 7], images[0, :, 0, 7] * DIM)
 
 
 def test_a_patch_is_on_the_box_if_its_centre_is() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 
 import tyro
 
 from evovit.errors import EvoViTError
-from evovit.methods import find_method, list_methods
+from evovit.methods import describe_options, find_method, list_methods
 from evovit.run.bench import bench
+from evovit.run.compare import compare
 from evovit.run.evaluate import eval_command
 from evovit.run.quickstart import quickstart
 from evovit.run.runs_report import report
@@ -18,13 +18,14 @@ from evovit.run.train_command import train
 
 
 def methods() -> None:
-    """List the token-reduction methods: one line, options with defaults, what they need."""
+    """List the token-reduction methods: one line, what they need, options with defaults and meanings."""
     for name in list_methods():
         cls = find_method(name)
-        options = ", ".join(f"{field.name}={field.default!r}" for field in fields(cls.Config))
         grid = "keeps the grid" if cls.keeps_grid else "drops tokens"
         print(f"{name}: {(cls.__doc__ or '').strip().splitlines()[0]}")
-        print(f"  options: {options}\n  {grid}{'; needs a class token' if cls.needs_class_token else ''}")
+        print(f"  {grid}{'; needs a class token' if cls.needs_class_token else ''}")
+        for option, default, meaning in describe_options(cls):
+            print(f"  {option}={default!r}  {meaning}")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "eval": eval_command,
     "report": report,
+    "compare": compare,
 }
 
 

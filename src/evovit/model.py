@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from evovit.backbones import Backbone, adapt, check_adapter
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, check_count
 from evovit.methods import build_config, find_method, find_method_of
 from evovit.methods.base import Method
 from evovit.tokens import Tokens
+
+Prepare = Callable[[Tokens], Tokens]
 
 
 class Outputs(NamedTuple):
@@ -19,8 +22,11 @@ class Outputs(NamedTuple):
 
     logits: Tensor  # (B, classes)
     tokens: Tokens  # as the last block left them; `method.finish` brings back what waits
-    extra_logits: dict[str, Tensor]  # of the method's own heads, for the training loss
+    extra_logits: dict[str, Tensor]  # of further heads of host and method, for the training loss
     trace: list[Tokens]  # after each block, if recorded
+    features: Tensor  # (B, P + N, C), the normed tokens that the head read
+    token_logits: Tensor | None  # (B, N, classes) in training, of a host that classifies every patch token
+    class_logits: Tensor | None = None  # (B, classes) beside them, of the class head alone
 
 
 class ReducedViT(nn.Module):
@@ -41,18 +47,28 @@ class ReducedViT(nn.Module):
         """Return logits (B, classes) for images (B, channels, height, width)."""
         return self.run(images).logits
 
-    def run(self, images: Tensor, record: bool = False) -> Outputs:
-        """Return logits and tokens; with `record` also the tokens after each block."""
-        backbone = adapt(self.model)
-        tokens, trace = self.blocks(backbone, images, record)
-        whole = self.method.finish(tokens) if backbone.head_reads_patches else tokens
-        logits = backbone.head(backbone.norm(whole.x))
-        return Outputs(logits, tokens, self.method.extra_logits(tokens), trace)
+    def run(self, images: Tensor, record: bool = False, prepare: Prepare | None = None) -> Outputs:
+        """Return logits and tokens; with `record` also the tokens after each block.
 
-    def blocks(self, backbone: Backbone, images: Tensor, record: bool = False) -> tuple[Tokens, list[Tokens]]:
+        `prepare` changes the embedded tokens before the method sees them.
+        """
+        backbone = adapt(self.model)
+        tokens, trace = self.blocks(backbone, images, record, prepare)
+        whole = self.method.finish(tokens) if backbone.head_reads_patches else tokens
+        features = backbone.norm(whole.x)
+        logits = backbone.head(features)
+        each = backbone.token_logits(features) if self.training else None
+        alone = None if each is None else backbone.class_logits(features)
+        extra = backbone.extra_logits(features) if self.training else {}
+        extra |= self.method.extra_logits(tokens)
+        return Outputs(logits, tokens, extra, trace, features, each, alone)
+
+    def blocks(
+        self, backbone: Backbone, images: Tensor, record: bool = False, prepare: Prepare | None = None
+    ) -> tuple[Tokens, list[Tokens]]:
         """Run embedding and all blocks: the road from image to tokens."""
         tokens, trace = backbone.embed(images), []
-        stages = backbone.stages()
+        tokens, stages = tokens if prepare is None else prepare(tokens), backbone.stages()
         tokens = self.method.begin(tokens, stages)
         for stage in stages:
             tokens = self.method.enter_stage(stage, tokens)
@@ -76,17 +92,26 @@ class ReducedViT(nn.Module):
         """Return logits (B, classes), or what enters the classifier, from `forward_features`."""
         return adapt(self.model).head(x, pre_logits)
 
-    def feature_map(self, images: Tensor) -> Tensor:
-        """Return normed patch features (B, C, rows, columns), raster order, if the method keeps the grid."""
+    def feature_map(self, images: Tensor, stage: int = -1) -> Tensor:
+        """Return patch features (B, C, rows, columns), raster order, if the method keeps the grid.
+
+        Args:
+            stage: of a host of several, at whose end; only the last stage's features are normed.
+        """
         backbone = adapt(self.model)
-        tokens = self.method.finish(self.blocks(backbone, images)[0])
+        depths = backbone.spec.depths
+        check_count("stage", stage, -len(depths), len(depths) - 1, "stages count from 0")
+        stage %= len(depths)
+        last = stage == len(depths) - 1
+        tokens, trace = self.blocks(backbone, images, record=not last)
+        tokens = self.method.finish(tokens if last else trace[sum(depths[: stage + 1]) - 1])
         rows, columns = tokens.grid
         if tokens.num_patches != rows * columns:
             raise EvoViTError(
                 f"{type(self.method).__name__} as configured leaves {tokens.num_patches} of {rows * columns} "
                 "patches; a feature map needs one that keeps the grid (evo_vit with preserve, rejoin_last)."
             )
-        patches = backbone.norm(tokens.x)[:, tokens.num_prefix :]
+        patches = (backbone.norm(tokens.x) if last else tokens.x)[:, tokens.num_prefix :]
         return patches.transpose(1, 2).reshape(patches.shape[0], -1, rows, columns)
 
     def get_classifier(self) -> Any:

@@ -59,6 +59,22 @@ class KeepSchedule:
             )
         return cls(ratios, start=start_block, multiple_of=multiple_of)
 
+    @classmethod
+    def at_blocks(
+        cls, depth: int, keep_ratio: float | Sequence[float], blocks: Sequence[int]
+    ) -> KeepSchedule:
+        """Build from the share of all patches that each of `blocks` leaves; a number r: r, r^2, and so on."""
+        count = len(blocks)
+        if isinstance(keep_ratio, Sequence) and len(keep_ratio) != count:
+            raise EvoViTError(f"keep_ratio has {len(keep_ratio)} values for {count} blocks; give one each.")
+        ratios = per_block(keep_ratio, count, "keep_ratio", 0.0, 1.0)
+        if min(ratios, default=1.0) == 0:
+            raise EvoViTError("keep_ratio is 0; it is the share of tokens kept, above 0 and at most 1.")
+        if not isinstance(keep_ratio, Sequence):
+            ratios = tuple(keep_ratio ** (step + 1) for step in range(count))
+        left = dict(zip(blocks, ratios, strict=True))
+        return cls(tuple(left.get(number, 1.0) for number in range(depth)))
+
     def count(self, number: int, num_patches: int, others: int = 0) -> int | None:
         """Return how many of `num_patches` block `number` keeps, at least 1; None where it keeps all.
 

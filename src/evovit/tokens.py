@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -49,6 +50,11 @@ class Tokens:
     def num_cells(self) -> int:
         """Cells of the grid, the number of patch tokens while all are present."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def taking_part(self) -> Tensor:
+        """(B, N) `mask`, float32 ones where it is None."""
+        return torch.ones_like(self.index, dtype=torch.float32) if self.mask is None else self.mask
 
     def with_x(self, x: Tensor) -> Tokens:
         """Return the same tokens with new values, (B, P + N, C)."""

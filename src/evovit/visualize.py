@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -28,8 +29,10 @@ class OnBox(NamedTuple):
 def kept_patches(model: ReducedViT, images: Tensor) -> Tensor:
     """Return (B, blocks, rows, columns) bool, True where a patch token takes part in a block.
 
+    The grid is the first block's; where a later one is coarser, a token stands for all cells it covers.
+
     Args:
-        model: a reduced model on a flat host, in evaluation mode.
+        model: in evaluation mode.
         images: (B, channels, height, width).
     """
     trace = model.run(images, record=True).trace
@@ -37,8 +40,11 @@ def kept_patches(model: ReducedViT, images: Tensor) -> Tensor:
     for tokens in trace:
         rows, columns = tokens.grid
         kept = tokens.index.new_zeros(images.shape[0], rows * columns + 1)  # the last column takes index -1
-        kept = kept.scatter(1, tokens.index.remainder(rows * columns + 1), 1)
-        masks.append(kept[:, :-1].reshape(-1, rows, columns).bool())
+        whole = tokens.num_patches == tokens.num_cells  # also after pooling, whose index is of the finer grid
+        kept = kept + 1 if whole else kept.scatter(1, tokens.index.remainder(rows * columns + 1), 1)
+        mask = kept[:, :-1].reshape(-1, 1, rows, columns)
+        mask = torch.nn.functional.interpolate(mask.float(), size=trace[0].grid, mode="nearest")
+        masks.append(mask[:, 0].bool())
     return torch.stack(masks, 1)
 
 
@@ -111,4 +117,28 @@ def draw_kept(
                 panel.add_patch(
                     Rectangle(corner, right - left, bottom - top, fill=False, edgecolor="red", linewidth=0.8)
                 )
+    return figure
+
+
+def draw_side_by_side(images: Tensor, kept: dict[str, Tensor], titles: Sequence[str]) -> Figure:
+    """Draw a row per image: the image, then what each of several models keeps, the other patches darkened.
+
+    Args:
+        images: (B, 3, height, width) colours in [0, 1].
+        kept: by the model's name, (B, rows, columns) bool; one that keeps no place is not darkened.
+        titles: one per image.
+    """
+    from matplotlib.figure import Figure
+
+    images, columns = images.cpu(), len(kept) + 1
+    figure = Figure(figsize=(1.5 * columns, 1.6 * images.shape[0]), layout="constrained")
+    panels = figure.subplots(images.shape[0], columns, squeeze=False)
+    for i, image in enumerate(images):
+        masks = [(name, mask[i].cpu()) for name, mask in kept.items()]
+        shaded = [(name, shade(image, mask) if mask.any() else image) for name, mask in masks]
+        for panel, (name, shown) in zip(panels[i], [(titles[i], image), *shaded], strict=True):
+            panel.imshow(shown.permute(1, 2, 0).numpy())
+            panel.set_axis_off()
+            if i == 0 or panel is panels[i][0]:
+                panel.set_title(name, fontsize=8)
     return figure

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import evovit
 from tests.conftest import Golden, make_host, pictures
+from tests.parity import assert_close
 
 OFFICIAL = Golden("evo_deit")
 CASES = [case["name"] for case in OFFICIAL.side["cases"]]
@@ -30,10 +31,6 @@ def load_case(case: dict[str, Any]) -> evovit.ReducedViT:
         mode="stage" if case["stage_wise_prune"] else "layer",
         rejoin_last=not options["prunecls"],
     )
-
-
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", EVAL)

@@ -12,85 +12,96 @@ from torch.nn import functional as F
 
 import evovit
 from evovit.backbones import adapt
+from evovit.methods.idle_vit import Idle
 from evovit.model import Outputs
 from evovit.ops.distance import feature_distance, logit_divergence, token_cut
 from evovit.ops.score import class_logit_mean
 from evovit.ops.select import take_qkv
-from evovit.run.macs import gmacs_counted
-from evovit.tokens import QKV
+from evovit.run.macs import gmacs, gmacs_counted
+from evovit.run.objective import Objective, Taught
+from evovit.run.recipe import ObjectiveTable
+from evovit.tokens import QKV, Tokens
 from tests.conftest import Golden, make_host, pictures
 from tests.parity import assert_close, assert_same_gradients, gradients_of
 
-OFFICIAL, UNITS = Golden("idlevit"), Golden("units_idlevit")
-CASES = [case["name"] for case in OFFICIAL.side["cases"]]
+OFFICIAL, LV_VIT, UNITS = Golden("idlevit"), Golden("idlevit_lvvit"), Golden("units_idlevit")
+CASES = [(official, case["name"]) for official in (OFFICIAL, LV_VIT) for case in official.side["cases"]]
+IDS = [f"{official.side['name']}-{name}" for official, name in CASES]
 
 
-def load_case(case: dict[str, Any]) -> evovit.ReducedViT:
+def load_case(official: Golden, case: dict[str, Any]) -> evovit.ReducedViT:
     options = case["constructor"]
     start = options["idle_layers"][0]
-    ratios = [1.0] * start + options["keep_ratios"][: 12 - start]
+    depth = official.side["model"]["depth"]
+    ratios = [1.0] * start + options["keep_ratios"][: depth - start]
     loss = case.get("loss", {"cutloss_type": "both", "cut_weight": 0.0})
     return evovit.load_official(
         "idle_vit",
-        OFFICIAL.state_dict(),
-        num_heads=OFFICIAL.side["model"]["num_heads"],
+        official.state_dict(),
+        num_heads=official.side["model"]["num_heads"],
         keep_ratio=ratios,
         start_block=start,
         cut=loss["cutloss_type"],
         cut_weight=loss["cut_weight"],
         cut_blocks="released",
+        distill_weight=loss.get("distill_weight", 0.0),
+        **({"skip_lam": 2.0} if official is LV_VIT else {}),
     )
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_equals_official(name: str) -> None:
+@pytest.mark.parametrize(("official", "name"), CASES, ids=IDS)
+def test_equals_official(official: Golden, name: str) -> None:
     """Logits, picked patches and traces; in training all loss terms, also with a teacher, and gradients."""
-    case = OFFICIAL.case(name)
-    model, images = load_case(case), OFFICIAL.images(case)
+    case = official.case(name)
+    model, images = load_case(official, case), official.images(case)
     if case["mode"] == "train":
         model.train()
     outputs = model.run(images, record=True)
-    assert_close(outputs.logits, OFFICIAL.out(case, "logits"))
+    assert_close(outputs.logits, official.out(case, "logits"))
     joined = [model.method.finish(tokens) for tokens in outputs.trace]
-    assert_close(torch.stack([t.x[:, 0] for t in joined]), OFFICIAL.out(case, "cls_trace"))
-    assert_close(torch.stack([t.patches.mean(1) for t in joined]), OFFICIAL.out(case, "mean_trace"))
+    assert_close(torch.stack([t.x[:, 0] for t in joined]), official.out(case, "cls_trace"))
+    assert_close(torch.stack([t.patches.mean(1) for t in joined]), official.out(case, "mean_trace"))
     for number, keep in zip(case["idle_layers"], case["keep"], strict=True):
         picked = outputs.trace[number].index
         assert picked.shape[1] == keep
-        assert torch.equal(picked, OFFICIAL.out(case, f"keep_idx.{number}").long().sort(1).values)
+        assert torch.equal(picked, official.out(case, f"keep_idx.{number}").long().sort(1).values)
     if "labels" in case:
-        check_losses(case, model, images, outputs)
+        check_losses(official, case, model, images, outputs)
 
 
-def check_losses(case: dict[str, Any], model: evovit.ReducedViT, images: Tensor, outputs: Outputs) -> None:
+def check_losses(
+    official: Golden, case: dict[str, Any], model: evovit.ReducedViT, images: Tensor, outputs: Outputs
+) -> None:
     kind, idle, weights = case["loss"]["cutloss_type"], len(case["idle_layers"]), case["loss"]
     cuts = torch.stack(outputs.tokens.carry.cuts)
-    assert_close(cuts, OFFICIAL.out(case, f"cut_per_layer.{kind}"))
-    terms = model.method.losses(outputs, None)
-    assert_close(terms["token_cut"], weights["cut_weight"] / idle * OFFICIAL.out(case, "loss_cut")[0])
-    terms["class"] = F.cross_entropy(outputs.logits, torch.tensor(case["labels"]))
-    assert_close(terms["class"], OFFICIAL.out(case, "loss_cls")[0])
+    assert_close(cuts, official.out(case, f"cut_per_layer.{kind}"))
+    taught = None
     if case["constructor"].get("distill"):
-        with torch.no_grad():
-            teacher = model.model.forward_features(images)[:, 0]
-            taught = model.model.head(teacher)
-        student = adapt(model.model).norm(outputs.tokens.x)[:, 0]
-        assert_close(student, OFFICIAL.out(case, "feature"))
-        assert_close(teacher, OFFICIAL.out(case, "teacher_feature"))
-        divergence, distance = logit_divergence(outputs.logits, taught), feature_distance(student, teacher)
-        assert_near(divergence, OFFICIAL.out(case, "loss_logits_distill")[0], case, "loss_logits_distill")
-        assert_near(distance, OFFICIAL.out(case, "loss_feature_distill")[0], case, "loss_feature_distill")
-        terms["logits"] = weights["distill_weight"] * divergence
-        terms["features"] = 100 * weights["distill_weight"] * distance
+        teacher = load_case(official, case).model  # the student's batch statistics may have moved on
+        taught = Objective(model, ObjectiveTable(), teacher).teach(images)
+        shown = slice(None) if official is LV_VIT else 0
+        assert_close(outputs.features[:, shown], official.out(case, "feature"))
+        if official is OFFICIAL:
+            assert_close(taught.features[:, 0], official.out(case, "teacher_feature"))
+        else:
+            assert_close(taught.logits, official.out(case, "teacher_logits"))
+    terms = model.method.losses(outputs, taught)
+    assert_close(terms["token_cut"], weights["cut_weight"] / idle * official.out(case, "loss_cut")[0])
+    if taught is not None:
+        each = weights["distill_weight"]
+        assert_near(terms["logits"] / each, official, case, "loss_logits_distill")
+        assert_near(terms["features"] / each / 100, official, case, "loss_feature_distill")
+    terms["class"] = F.cross_entropy(outputs.logits, torch.tensor(case["labels"]))
+    assert_close(terms["class"], official.out(case, "loss_cls")[0])
     loss = torch.stack(list(terms.values())).sum()
-    assert_close(loss, OFFICIAL.out(case, "loss")[0])
+    assert_close(loss, official.out(case, "loss")[0])
     loss.backward()
-    assert_same_gradients(OFFICIAL, case, gradients_of(model))
+    assert_same_gradients(official, case, gradients_of(model))
 
 
-def assert_near(actual: Tensor, expected: Tensor, case: dict[str, Any], name: str) -> None:
+def assert_near(actual: Tensor, official: Golden, case: dict[str, Any], name: str) -> None:
     """Compare to 1e-5, or ten times what float32 itself loses there."""
-    lost = 10 * case["checks"]["float64_max_abs_diff"][name]
+    expected, lost = official.out(case, name)[0], 10 * case["checks"]["float64_max_abs_diff"][name]
     assert abs(actual - expected) <= max(1e-5 * abs(expected), lost)
 
 
@@ -99,6 +110,11 @@ def test_released_defaults_are_the_loaders_defaults() -> None:
     model = evovit.load_official("idle_vit", OFFICIAL.state_dict(), num_heads=3)
     with torch.no_grad():
         assert_close(model(OFFICIAL.images(case)), OFFICIAL.out(case, "logits"))
+    case, state = LV_VIT.case("eval_keep0.7"), LV_VIT.state_dict()
+    model = evovit.load_official("idle_vit", state, num_heads=2, skip_lam=2.0)
+    with torch.no_grad():
+        assert_close(model(LV_VIT.images(case)), LV_VIT.out(case, "logits"))
+    assert model.method.config.compared == "active" and model.model.aux_in_training
     later = evovit.load_official("idle_vit", OFFICIAL.state_dict(), num_heads=3, start_block=4)
     case = OFFICIAL.case("eval_keep0.7_from_layer4")
     with torch.no_grad():
@@ -131,6 +147,16 @@ def test_distillation_terms_equal_the_official_unit(kind: str) -> None:
         student, teacher = (x * tensors["in.mask4"] for x in (student, teacher))
     ours = feature_distance(student, teacher, dim=-1 if kind == "class" else 1)
     assert_close(ours, tensors["out.feature_distill"][0])
+    if kind == "token":  # the method compares the active rows alone
+        mask = tensors["in.mask4"][..., 0].bool()
+        student, teacher = tensors["in.feature"], tensors["in.teacher_feature"]
+        state = Idle(rows=mask[:1].nonzero()[:, 1][None].expand(1, -1))
+        tokens = Tokens(student[:1], torch.zeros(1, 1), 1, (1, 1), carry=state)
+        method = evovit.reduce_tokens(make_host("vit"), "idle_vit", start_block=1, compared="active").method
+        outputs = Outputs(logits[:1], tokens, {}, [], student[:1], None)
+        part = method.distance(outputs, Taught(taught[:1], teacher[:1]))
+        masked = [x[:1] * tensors["in.mask4"][:1] for x in (student, teacher)]
+        assert_close(part, feature_distance(*masked, dim=1))
 
 
 def test_the_masked_softmax_of_the_official_code_picks_the_same_rows() -> None:
@@ -254,7 +280,7 @@ WORK = {  # GMACs of DeiT-S from block 3, from block 4, of DeiT-B from block 3, 
 
 @pytest.mark.parametrize("ratio", WORK)
 def test_counts_and_macs_equal_the_table(ratio: float) -> None:
-    """The table projects queries and values of active rows alone; a view projects all rows."""
+    """Keys of all rows are projected, queries and values of the active rows alone."""
     small, small_later, base, base_later = WORK[ratio]
     rows = (("small", 3, small), ("small", 4, small_later), ("base", 3, base), ("base", 4, base_later))
     for size, start, expected in rows:
@@ -264,9 +290,24 @@ def test_counts_and_macs_equal_the_table(ratio: float) -> None:
         trace = model.run(torch.empty(1, 3, 224, 224, device="meta"), record=True).trace
         counts = [tokens.num_patches for tokens in trace]
         assert counts == [196] * start + [COUNTS[ratio][n // 3] for n in range(12 - start)]
-        more = sum(2 * (196 - count) * host.embed_dim**2 for count in counts) / 1e9
-        work = gmacs_counted(model, (3, 224, 224)) - more
+        work = gmacs(model, (3, 224, 224))
         assert work == pytest.approx(expected, rel=5e-3)
+        assert gmacs_counted(model, (3, 224, 224)) == pytest.approx(work, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("size", "ratio", "expected"),
+    [("small", 0.7, 4.77), ("small", 0.5, 4.02), ("medium", 0.7, 8.86), ("medium", 0.5, 7.23)],
+)
+def test_macs_on_lv_vit_equal_the_table(size: str, ratio: float, expected: float) -> None:
+    with torch.device("meta"):
+        host = timm.create_model(f"lv_vit_{size}").eval()
+        quarter = len(host.blocks) // 4
+        options = {"start_block": quarter, "group_length": quarter, "keep_ratio": ratio}
+        model = evovit.reduce_tokens(host, "idle_vit", **options)
+    work = gmacs(model, (3, 224, 224))
+    assert work == pytest.approx(expected, rel=5e-3)
+    assert gmacs_counted(model, (3, 224, 224)) == pytest.approx(work, rel=2e-3)
 
 
 def test_cut_loss_is_computed_in_training_alone_and_released_takes_every_second() -> None:
@@ -297,6 +338,8 @@ def test_cut_loss_is_computed_in_training_alone_and_released_takes_every_second(
         ({"group_length": 0}, "group_length is 0; allowed is 1 to 4"),
         ({"cut": "none"}, "cut is 'none'; allowed is 'both' or 'inter' or 'intra'"),
         ({"cut_weight": -1.0}, "cut_weight is -1.0; allowed is 0 or more"),
+        ({"distill_weight": -1.0}, "distill_weight is -1.0; allowed is 0 or more"),
+        ({"compared": "all"}, "compared is 'all'; allowed is 'class' or 'active'"),
         ({"cut_blocks": "half"}, "cut_blocks is 'half'; allowed is 'all' or 'released'"),
         ({"selection": "best"}, "selection is 'best'; allowed is 'class' or 'column_mean'"),
     ],
@@ -304,6 +347,35 @@ def test_cut_loss_is_computed_in_training_alone_and_released_takes_every_second(
 def test_wrong_options_are_refused_in_one_sentence(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(evovit.EvoViTError, match=sentence):
         evovit.reduce_tokens(make_host("vit"), "idle_vit", **({"start_block": 1} | options))
+
+
+def test_an_adapted_projection_is_used_whole() -> None:
+    class Adapted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    host = make_host("vit")
+    for block in host.blocks:
+        block.attn.qkv.__class__ = Adapted
+    reduced = evovit.reduce_tokens(host, "idle_vit", start_block=1, keep_ratio=0.6).eval()
+    with torch.no_grad():
+        evaluated = reduced(pictures())
+        assert_close(evaluated, reduced.train()(pictures()))  # the cut loss takes the whole matrix
+
+
+def test_features_of_the_class_token_need_one() -> None:
+    host = make_host("siglip")
+    reduced = evovit.reduce_tokens(host, "idle_vit", start_block=1, selection="column_mean").train()
+    outputs = reduced.run(pictures())
+    taught = Taught(outputs.logits.detach(), outputs.features.detach())
+    with pytest.raises(evovit.EvoViTError, match="compared='class' needs a class token.*choose 'active'"):
+        reduced.method.losses(outputs, taught)
+    reduced = evovit.reduce_tokens(
+        host, "idle_vit", start_block=1, selection="column_mean", compared="active"
+    ).train()
+    terms = reduced.method.losses(reduced.run(pictures()), taught)
+    assert terms["features"] < 1e-6 and set(terms) == {"token_cut", "logits", "features"}
+    assert set(reduced.method.losses(reduced.run(pictures()), None)) == {"token_cut"}
 
 
 def test_a_host_without_class_token_needs_a_chosen_score() -> None:

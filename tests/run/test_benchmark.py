@@ -221,6 +221,14 @@ def test_a_wrong_input_is_one_sentence(
     assert stop.value.code == 2 and sentence in message and message.count("\n") == 1
 
 
+def test_a_model_without_an_adapter_is_measured_for_reference_and_never_reduced() -> None:
+    setting = Setting(model="pit_ti_224", rounds=1)
+    (row,) = measure(setting, [], Extras(kernels=False))
+    assert row.median_ms and row.gmacs == row.gmacs_counted == pytest.approx(0.7, abs=0.05)
+    with pytest.raises(EvoViTError, match="not a supported host"):
+        measure(setting, [Variant("evo_vit")], Extras(kernels=False))
+
+
 def test_methods_take_options_of_their_own() -> None:
     found = command.parse_variants(["evo_vit:mode=layer,fast_update=false", "dense"], ["keep_ratio=0.7"])
     assert found == [Variant("evo_vit", {"keep_ratio": 0.7, "mode": "layer", "fast_update": False})]

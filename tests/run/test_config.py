@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from evovit.errors import EvoViTError
+from evovit.methods import describe_options, find_method, list_methods
 from evovit.run.build import check_model
 from evovit.run.config import describe_knobs, differences, parse_recipe, read_recipe
 from evovit.run.recipe import TABLES
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.toml"))
+DIGITS = Path(__file__).parents[2] / "recipes" / "digits"
 PLAIN = """
 [model]
 name = "vit_tiny_patch16_224"
@@ -130,10 +132,19 @@ def test_every_knob_says_what_it_means() -> None:
         assert f"[{name}]" in text
         for f in fields(kind):
             assert f.name == "options" or (f.metadata["meaning"] and f"  {f.name} = " in text)
+    for method in list_methods():
+        for option, _, meaning in describe_options(find_method(method)):
+            assert len(meaning) > 5 and f"    {option} = " in text, (method, option)
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda path: path.stem)
-def test_the_recipes_of_this_repository_are_valid(file: Path) -> None:
+def test_the_recipes_of_this_repository_are_valid(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "runs" / "dense" / "seed0"  # teaches some of those on digits
+    run.mkdir(parents=True)
+    (run / "recipe.toml").write_text((DIGITS / "dense.toml").read_text())
+    monkeypatch.chdir(tmp_path)
     recipe = read_recipe(file)
     check_model(recipe)
     head = file.read_text().split("[model]")[0]

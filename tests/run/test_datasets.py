@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 from evovit.errors import EvoViTError
 from evovit.run.config import parse_recipe
-from evovit.run.datasets import DigitImages, PictureImages, open_images, posterize
+from evovit.run.datasets import DigitImages, PictureImages, open_images, open_reader, posterize
 from evovit.run.recipe import Recipe
 from evovit.run.world import World
 from tests.run.processes import train_here
@@ -148,6 +149,7 @@ def test_a_limit_of_corrupt_images_stops_the_run(tmp_path: Path) -> None:
     assert "finished" in train_here(recipe_for(tmp_path / "data", max_corrupt=1), tmp_path / "run")
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on one core
 def test_workers_give_what_one_process_gives(tmp_path: Path) -> None:
     write_images(tmp_path)
     alone, helped = (
@@ -184,3 +186,60 @@ def test_an_empty_folder_and_a_missing_package_are_sentences(tmp_path: Path) -> 
     except ImportError:
         with pytest.raises(EvoViTError, match="pip install datasets"):
             PictureImages(recipe_for("hfds/cifar10"), 24, COLOURS)
+
+
+def write_shards(folder: Path, split: str, labels: list[int], broken: bool = False) -> None:
+    """Write two shards; each image in one grey of its own, beside it its class number."""
+    folder.mkdir(exist_ok=True)
+    for shard in range(2):
+        with tarfile.open(folder / f"set-{split}-{shard:04d}.tar", "w") as archive:
+            for row in range(shard, len(labels), 2):
+                picture = BytesIO()
+                Image.new("RGB", (40, 30), (20 * row + 5,) * 3).save(picture, "png")
+                members = {"png": picture.getvalue(), "json": b"{}"}
+                members |= {} if broken and row == 1 else {"cls": str(labels[row]).encode()}
+                for kind, content in members.items():
+                    info = tarfile.TarInfo(f"deep/er/{row:06d}.{kind}")
+                    info.size = len(content)
+                    archive.addfile(info, BytesIO(content))
+
+
+def test_shards_are_read_by_row_like_folders(tmp_path: Path) -> None:
+    labels = [2, 0, 1, 2, 1, 0]
+    write_shards(tmp_path / "data", "train", labels)
+    write_shards(tmp_path / "data", "val", labels[:3])
+    reader = open_reader(f"wds/{tmp_path / 'data'}", "train")
+    rows = [
+        (Image.open(file).getpixel((0, 0))[0], label) for file, label in map(reader.__getitem__, range(6))
+    ]  # type: ignore[index]
+    order = [0, 2, 4, 1, 3, 5]  # shard by shard
+    assert rows == [(20 * i + 5, labels[i]) for i in order]
+    assert reader.filename(3) == "set-train-0001.tar:deep/er/000001.png"
+    images = open_images(recipe_for(f"wds/{tmp_path / 'data'}"), 24, COLOURS)
+    assert images.num_classes == 3 and images.length == 6
+    batches = read(images)[0]
+    assert sum(targets.shape[0] for _, targets in batches) == 4 and batches[0][0].shape == (4, 3, 24, 24)
+    for epoch in (0, 1):  # the label belongs to the picture: grey tells the row
+        for pictures, targets in read(images, epoch)[0]:
+            greys = ((pictures * 0.25 + 0.5) * 255).mean((1, 2, 3))
+            assert targets.tolist() == [labels[round((float(grey) - 5) / 20)] for grey in greys]
+
+
+@pytest.mark.parametrize(
+    ("splits", "sentence"), [((), "holds no shard"), (("train",), "without a class number")]
+)
+def test_wrong_shards_are_refused_in_a_sentence(
+    splits: tuple[str, ...], sentence: str, tmp_path: Path
+) -> None:
+    for split in splits:
+        write_shards(tmp_path, split, [0, 1, 2], broken=True)
+    with pytest.raises(EvoViTError, match=sentence):
+        open_reader(f"wds/{tmp_path}", "train")
+
+
+def test_a_cut_shard_is_named(tmp_path: Path) -> None:
+    write_shards(tmp_path, "train", [0, 1, 2, 0])
+    shard = tmp_path / "set-train-0000.tar"
+    shard.write_bytes(shard.read_bytes()[:1700])
+    with pytest.raises(EvoViTError, match=r"set-train-0000\.tar.*cannot be read"):
+        open_reader(f"wds/{tmp_path}", "train")

@@ -63,3 +63,37 @@ def test_formula_and_counter_agree_for_every_method(method: str) -> None:
         host = timm.create_model("deit_tiny_patch16_224", depth=4)
     reduced = evovit.reduce_tokens(host.eval(), method, **find_method(method).example)
     assert gmacs(reduced, (3, 224, 224)) == pytest.approx(gmacs_counted(reduced, (3, 224, 224)), rel=0.01)
+
+
+def test_a_methods_own_layers_count_where_they_run() -> None:
+    """DynamicViT's predictors: four layers, each over the patches present before its block."""
+    with torch.device("meta"):
+        host = timm.create_model("deit_tiny_patch16_224", depth=4).eval()
+        dense = gmacs(host, (3, 224, 224))
+        model = evovit.reduce_tokens(host, "dynamic_vit", blocks=(2,), keep_ratio=0.5)
+    blocks = sum(12 * rows * 192**2 + 2 * rows**2 * 192 for rows in (197, 197, 99, 99))
+    predictor = 196 * (192 * 192 + 192 * 96 + 96 * 48 + 48 * 2)
+    whole = 4 * (12 * 197 * 192**2 + 2 * 197**2 * 192)
+    assert gmacs(model, (3, 224, 224)) - dense == pytest.approx((blocks + predictor - whole) / 1e9, rel=1e-6)
+
+
+def test_queries_and_values_of_idle_rows_are_not_projected() -> None:
+    with torch.device("meta"):
+        host = timm.create_model("deit_tiny_patch16_224", depth=4).eval()
+        dense = gmacs(host, (3, 224, 224))
+        model = evovit.reduce_tokens(host, "idle_vit", start_block=3, keep_ratio=0.5)
+    rows, width = 99, 192
+    idle = (1 + 197) * width**2 + 11 * rows * width**2 + 2 * rows**2 * width  # class query and all keys first
+    whole = 12 * 197 * width**2 + 2 * 197**2 * width
+    assert gmacs(model, (3, 224, 224)) - dense == pytest.approx((idle - whole) / 1e9, rel=1e-6)
+    assert gmacs_counted(model, (3, 224, 224)) == pytest.approx(gmacs(model, (3, 224, 224)), rel=1e-6)
+
+
+def test_counting_leaves_the_model_as_it_was() -> None:
+    host = timm.create_model("deit_tiny_patch16_224", depth=4)
+    host.blocks[1].eval()
+    reduced = evovit.reduce_tokens(host, "dynamic_vit", blocks=(2,))
+    modes = {name: module.training for name, module in reduced.named_modules()}
+    gmacs(reduced, (3, 224, 224))
+    assert {name: module.training for name, module in reduced.named_modules()} == modes
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in reduced.modules())

@@ -15,7 +15,8 @@ from evovit.errors import EvoViTError
 from evovit.run.objective import Objective, Taught, distillation
 from evovit.run.recipe import ObjectiveTable
 from tests.conftest import Golden, make_host, pictures
-from tests.methods.test_evo_vit import OFFICIAL, TRAIN, assert_close, load_case, official_gradient
+from tests.methods.test_evo_vit import OFFICIAL, TRAIN, load_case, official_gradient
+from tests.parity import assert_close
 
 UNITS = Golden("units_evo")
 LABELS = torch.tensor([1, 3])
@@ -134,6 +135,32 @@ def test_a_methods_own_losses_join_and_may_read_the_teacher() -> None:
     terms = Objective(model, goal, make_host("vit_avg"))(pictures(), LABELS)
     assert terms["tax"] > 0 and set(terms) == {"class", "distillation", "tax"}
     assert reduced().method.losses(None, None) == {}
+
+
+@pytest.mark.parametrize("method", ["dynamic_vit", "idle_vit"])
+def test_a_teacher_that_cannot_be_compared_with_is_refused_unless_nothing_is_compared(method: str) -> None:
+    options = {"blocks": (1,)} if method == "dynamic_vit" else {"start_block": 1}
+    model = evovit.reduce_tokens(make_host("vit"), method, **options)
+    goal = ObjectiveTable(distillation="hard", teacher="given")
+    with pytest.raises(EvoViTError, match="compares tokens with its teacher's.*choose an equal teacher"):
+        Objective(model, goal, make_host("dinov2_reg"))
+    with pytest.raises(EvoViTError, match="learns from all tokens of its teacher, which reduces them"):
+        Objective(model, goal, evovit.reduce_tokens(make_host("vit"), "evit", blocks=(1,)))
+    weights = ("logit_weight", "token_weight") if method == "dynamic_vit" else ("distill_weight",)
+    alone = evovit.reduce_tokens(make_host("vit"), method, **options, **dict.fromkeys(weights, 0.0))
+    terms = Objective(alone.train(), goal, make_host("dinov2_reg"))(pictures(), LABELS)
+    assert set(terms) == {"class", "distillation", "ratio" if method == "dynamic_vit" else "token_cut"}
+
+
+@pytest.mark.parametrize("method", ["dynamic_vit", "idle_vit"])
+def test_method_and_recipe_distil_side_by_side(method: str) -> None:
+    options = {"blocks": (1,)} if method == "dynamic_vit" else {"start_block": 1}
+    model = evovit.reduce_tokens(make_host("vit"), method, **options).train()
+    names = {"ratio", "kept_tokens"} if method == "dynamic_vit" else {"token_cut", "features"}
+    for kind, others in (("none", {"class"}), ("soft", {"class", "distillation"})):
+        goal = ObjectiveTable(distillation=kind, teacher="given")
+        terms = Objective(model, goal, make_host("vit_avg"))(pictures(), LABELS)
+        assert set(terms) == names | {"logits"} | others
 
 
 def test_every_parameter_gets_a_gradient() -> None:

@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from evovit import cli
+from evovit.data import digit_scenes
 from evovit.errors import EvoViTError
-from evovit.run.quickstart import quickstart
+from evovit.run.checkpoint import load_reduced
+from evovit.run.config import differences
+from evovit.run.datasets import TEST_SEED
+from evovit.run.quickstart import make_recipes, quickstart
 from evovit.run.report import Result
 from evovit.run.small_vit import ConvStem, small_vit
-from evovit.run.train import Recipe, train
 
 KEYS = (
     *("model", "method", "keep_ratio", "top1", "gmacs", "images_per_second", "train_seconds", "parameters"),
@@ -48,29 +51,32 @@ def test_the_report_is_one_file_that_fetches_nothing(folder: Path) -> None:
 
 def test_pictures_are_written_and_nothing_temporary_stays(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
-    assert names == {"results.json", "report.html", "accuracy_speed.png", "kept_patches.png"}
+    runs = {"dense", "evo_vit"}
+    assert names == runs | {"results.json", "report.html", "accuracy_speed.png", "kept_patches.png"}
     assert (folder / "kept_patches.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_equal_seeds_train_equal_models() -> None:
-    recipe = Recipe(epochs=1, scenes_per_epoch=32, batch_size=16)
-    models = [small_vit(seed=3) for _ in range(2)]
-    for model in models:
-        train(model, recipe)
-    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        assert torch.equal(a, b)
+def test_both_models_are_trained_alike_but_for_the_method() -> None:
+    data, run = {"source": "digits", "batch_size": 32}, {"epochs": 10, "seed": 3}
+    dense, evo = make_recipes(0.5, data, run).values()
+    assert {text.split(":")[0].split(".")[0] for text in differences(dense, evo)} == {"method"}
 
 
-def test_the_rate_rises_and_falls() -> None:
-    recipe = Recipe(epochs=10, scenes_per_epoch=640, batch_size=64)
-    rates = [recipe.rate(step) for step in range(recipe.steps)]
-    top = rates.index(max(rates))
-    assert (
-        max(rates) == 1
-        and rates[:top] == sorted(rates[:top])
-        and rates[top:] == sorted(rates[top:], reverse=True)
-    )
-    assert rates[-1] < 0.01
+def test_a_second_call_trains_nothing_anew(folder: Path) -> None:
+    before = {name: (folder / name / "steps.jsonl").read_bytes() for name in ("dense", "evo_vit")}
+    results = json.loads((folder / "results.json").read_text())
+    quickstart(folder, epochs=1, scenes_per_epoch=32, test_scenes=20, speed_rounds=2, device="cpu")
+    assert {name: (folder / name / "steps.jsonl").read_bytes() for name in before} == before
+    again = json.loads((folder / "results.json").read_text())
+    assert [row["top1"] for row in again] == [row["top1"] for row in results]
+
+
+def test_the_recorded_accuracy_is_that_of_the_saved_weights(folder: Path) -> None:
+    row = json.loads((folder / "results.json").read_text())[1]
+    evo = load_reduced(folder / "evo_vit" / "model", small_vit(0)).eval()
+    scenes = digit_scenes("test", 20, seed=TEST_SEED)
+    with torch.no_grad():
+        assert 100 * int((evo(scenes.images).argmax(1) == scenes.labels).sum()) / 20 == row["top1"]
 
 
 def test_the_stem_gives_a_token_per_patch() -> None:

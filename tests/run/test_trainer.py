@@ -42,6 +42,16 @@ def test_the_rate_warms_up_per_update_and_falls_as_a_cosine(tmp_path: Path) -> N
     assert rate_at(recipe, 1e-2, 50, 5) == pytest.approx(1e-4)
 
 
+def test_the_last_epochs_stay_at_the_minimum(tmp_path: Path) -> None:
+    options = ("learning_rate.warm_up_epochs=0", "learning_rate.minimum=1e-4")
+    longer = small(tmp_path, "run.epochs=10", "learning_rate.last_epochs=4", *options)
+    plain = small(tmp_path, "run.epochs=6", *options)
+    assert [rate_at(longer, 1e-2, u, 5) for u in range(30)] == [rate_at(plain, 1e-2, u, 5) for u in range(30)]
+    assert {rate_at(longer, 1e-2, update, 5) for update in range(30, 50)} == {1e-4}
+    with pytest.raises(EvoViTError, match="below run.epochs - learning_rate.last_epochs, 1"):
+        small(tmp_path, "run.epochs=3", "learning_rate.last_epochs=2", "learning_rate.warm_up_epochs=1")
+
+
 def test_the_peak_follows_the_effective_batch_whatever_the_accumulation(tmp_path: Path) -> None:
     peaks = []
     for overrides in ((), ("run.batch_per_device=4",), ("data.batch_size=32",)):

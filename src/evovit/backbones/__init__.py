@@ -78,6 +78,7 @@ def check_adapter(model: nn.Module, tolerance: float = 1e-4) -> None:
             pairs = [(backbone.host_features(images), features := run_dense(backbone, images))]
             pairs.append((model(images), backbone.head(features)))
     finally:
+        model.train()  # a host that caches weights for evaluation, as LeViT does, lets go of them
         for name, module in model.named_modules():
             module.training = name in training
     error = max(_relative_error(ours, host) for host, ours in pairs)

@@ -9,9 +9,13 @@ from typing import NamedTuple, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from evovit.errors import EvoViTError
+from evovit.ops.select import take_qkv
 from evovit.tokens import QKV, Tokens
+
+Mix = Callable[[QKV, Tensor | None], Tensor]  # q, k, v and all additive bias to mixed values, (B, H, Q, D)
 
 
 class Block(ABC):
@@ -27,8 +31,15 @@ class Block(ABC):
         """Return what the attention of this block sees."""
 
     @abstractmethod
-    def attention(self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None) -> Tokens:
-        """Return tokens + attention branch. `bias` is added to the logits, broadcast to (B, H, Q, K)."""
+    def attention(
+        self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None, mix: Mix | None = None
+    ) -> Tokens:
+        """Return tokens + attention branch.
+
+        Args:
+            bias: added to the logits, broadcast to (B, H, Q, K).
+            mix: takes the place of softmax attention (see `mixed_values`).
+        """
 
     @abstractmethod
     def ffn(self, tokens: Tokens) -> Tokens:
@@ -37,6 +48,20 @@ class Block(ABC):
     @abstractmethod
     def weights(self) -> tuple[int, int, int]:
         """Return how many matrix entries a row meets in `qkv`, `attention` and `ffn` (to count MACs)."""
+
+    def glance(self, tokens: Tokens) -> QKV:
+        """Return enough to choose rows by: queries of the prefix at least, keys of all; default: `qkv`."""
+        return self.qkv(tokens)
+
+    def focus(self, active: Tokens, glanced: QKV, rows: Tensor) -> QKV:
+        """Return what attention sees of the chosen rows alone.
+
+        Args:
+            active: the chosen tokens, P + K of them.
+            glanced: `glance` of all tokens.
+            rows: (B, P + K) int64, where they stood among all.
+        """
+        return take_qkv(glanced, rows)
 
     @final
     def attend(self, tokens: Tokens, bias: Tensor | None = None) -> tuple[Tokens, QKV]:
@@ -101,6 +126,21 @@ class Backbone(ABC):
     def head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Return logits (B, classes), or what enters the classifier, from normed features (B, P + N, C)."""
 
+    def class_logits(self, features: Tensor) -> Tensor:
+        """Return the logits of the class head alone, where `head` adds another; default: `head`."""
+        return self.head(features)
+
+    def token_logits(self, features: Tensor) -> Tensor | None:
+        """Return logits of each patch token, (B, N, classes), from normed features; None: no such head."""
+        return None
+
+    def extra_logits(self, features: Tensor) -> dict[str, Tensor]:
+        """Return logits (B, classes) of the host's further heads, for the training loss, by name.
+
+        A name that ends in "distilled" learns from the teacher, if there is one.
+        """
+        return {}
+
     @abstractmethod
     def host_features(self, images: Tensor) -> Tensor:
         """Return the normed features (B, P + N, C) of the host's own forward: the truth to compare with."""
@@ -108,6 +148,25 @@ class Backbone(ABC):
     @abstractmethod
     def check_structure(self) -> None:
         """Raise `EvoViTError` where the host holds a part that this adapter does not know."""
+
+
+def mixed_values(qkv: QKV, bias: Tensor | None, mix: Mix | None, dropout: float) -> Tensor:
+    """Return the values mixed by attention, (B, H, Q, D): fused softmax attention, or what `mix` gives.
+
+    Args:
+        bias: of the method; the host's own (`QKV.bias`) is added to it.
+        dropout: of the host's attention weights, at this moment.
+    """
+    if qkv.bias is not None:
+        bias = qkv.bias if bias is None else qkv.bias + bias
+    if mix is None:
+        return F.scaled_dot_product_attention(qkv.q, qkv.k, qkv.v, bias, dropout, scale=qkv.scale)
+    if dropout > 0:
+        raise EvoViTError(
+            "The method computes attention itself, which leaves no place for the host's attention dropout "
+            f"of {dropout:g}; create the host without it."
+        )
+    return mix(qkv, bias)
 
 
 def expect_class(module: nn.Module, known: Iterable[str], what: str) -> None:
@@ -166,11 +225,17 @@ def last_qkv(stages: Sequence[Stage], tokens: Tokens) -> QKV:
     return qkv
 
 
-def run_dense(backbone: Backbone, images: Tensor) -> Tensor:
-    """Return the normed features (B, P + N, C) of the host through its views, nothing reduced."""
-    tokens = backbone.embed(images)
+def trace_dense(backbone: Backbone, images: Tensor) -> list[Tokens]:
+    """Return the tokens after each block of the host, through its views, nothing reduced."""
+    tokens, trace = backbone.embed(images), []
     for stage in backbone.stages():
         tokens = stage.enter(tokens) if stage.enter else tokens
         for block in stage.blocks:
             tokens = block(tokens)
-    return backbone.norm(tokens.x)
+            trace.append(tokens)
+    return trace
+
+
+def run_dense(backbone: Backbone, images: Tensor) -> Tensor:
+    """Return the normed features (B, P + N, C) of the host through its views, nothing reduced."""
+    return backbone.norm(trace_dense(backbone, images)[-1].x)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evovit.backbones.base import Block, expect_class, expect_parts, matrix_entries
+from evovit.backbones.base import Block, Mix, expect_class, expect_parts, matrix_entries, mixed_values
+from evovit.ops.select import take_heads
 from evovit.tokens import QKV, Tokens
 
 ATTENTION_PARTS = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
@@ -31,16 +32,24 @@ def fused_qkv(attn: Any, x: Tensor) -> QKV:
     return QKV(attn.q_norm(q), attn.k_norm(k), v, attn.scale, side=output_gate(attn, x))
 
 
+def part_of_qkv(attn: Any, x: Tensor, part: int) -> Tensor:
+    """Project normed tokens (B, T, C) to one of q, k, v (0, 1, 2), (B, H, T, D), before q/k norm."""
+    size = attn.num_heads * attn.head_dim
+    rows = slice(part * size, (part + 1) * size)
+    bias = None if attn.qkv.bias is None else attn.qkv.bias[rows]
+    y: Tensor = F.linear(x, attn.qkv.weight[rows], bias)
+    return y.reshape(*x.shape[:2], attn.num_heads, attn.head_dim).transpose(1, 2)
+
+
 def check_attention(attn: Any, what: str) -> None:
     """Raise `EvoViTError` unless it is timm's `Attention` (one softmax) with the parts we know."""
     expect_class(attn, ("Attention",), what)
     expect_parts(attn, ATTENTION_PARTS, what)
 
 
-def attention_output(attn: Any, qkv: QKV, bias: Tensor | None) -> Tensor:
-    """Return the attention's output (B, T, C), fused kernel, before LayerScale and drop path."""
-    dropout = attn.attn_drop.p if attn.training else 0.0
-    x = F.scaled_dot_product_attention(qkv.q, qkv.k, qkv.v, bias, dropout, scale=qkv.scale)
+def attention_output(attn: Any, qkv: QKV, bias: Tensor | None, mix: Mix | None = None) -> Tensor:
+    """Return the attention's output (B, T, C), before LayerScale and drop path."""
+    x = mixed_values(qkv, bias, mix, attn.attn_drop.p if attn.training else 0.0)
     x = attn.norm(x.transpose(1, 2).flatten(2))  # (B, T, H * D)
     x = x if qkv.side is None else x * qkv.side
     return attn.proj_drop(attn.proj(x))  # type: ignore[no-any-return]
@@ -64,11 +73,32 @@ class PreNormBlock(Block):
         expect_parts(self.block, self.parts, f"Block {self.number}")
         check_attention(self.block.attn, f"The attention of block {self.number}")
 
-    def qkv(self, tokens: Tokens) -> QKV:
-        return fused_qkv(self.block.attn, self.block.norm1(tokens.x))
+    def before(self, x: Tensor) -> Tensor:
+        """Return what the attention's projection reads, (B, T, C)."""
+        return self.block.norm1(x)  # type: ignore[no-any-return]
 
-    def attention(self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None) -> Tokens:
-        branch = attention_output(self.block.attn, qkv, bias)
+    def qkv(self, tokens: Tokens) -> QKV:
+        return fused_qkv(self.block.attn, self.before(tokens.x))
+
+    def glance(self, tokens: Tokens) -> QKV:
+        attn, x = self.block.attn, self.before(tokens.x)
+        if type(attn.qkv) is not nn.Linear:  # adapted or quantised: its rows cannot be used one by one
+            return fused_qkv(attn, x)
+        q = attn.q_norm(part_of_qkv(attn, x[:, : tokens.num_prefix], 0))
+        k = attn.k_norm(part_of_qkv(attn, x, 1))
+        return QKV(q, k, k[:, :, :0], attn.scale)
+
+    def focus(self, active: Tokens, glanced: QKV, rows: Tensor) -> QKV:
+        if glanced.v.shape[2]:
+            return super().focus(active, glanced, rows)
+        attn, x = self.block.attn, self.before(active.x)
+        q, v = attn.q_norm(part_of_qkv(attn, x, 0)), part_of_qkv(attn, x, 2)
+        return QKV(q, take_heads(glanced.k, rows), v, attn.scale, side=output_gate(attn, x))
+
+    def attention(
+        self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None, mix: Mix | None = None
+    ) -> Tokens:
+        branch = attention_output(self.block.attn, qkv, bias, mix)
         return tokens.with_x(tokens.x + self.block.drop_path1(self.block.ls1(branch)))
 
     def ffn(self, tokens: Tokens) -> Tokens:
@@ -85,11 +115,13 @@ class PostNormBlock(PreNormBlock):
 
     parts = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
 
-    def qkv(self, tokens: Tokens) -> QKV:
-        return fused_qkv(self.block.attn, tokens.x)
+    def before(self, x: Tensor) -> Tensor:
+        return x
 
-    def attention(self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None) -> Tokens:
-        branch = attention_output(self.block.attn, qkv, bias)
+    def attention(
+        self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None, mix: Mix | None = None
+    ) -> Tokens:
+        branch = attention_output(self.block.attn, qkv, bias, mix)
         return tokens.with_x(tokens.x + self.block.drop_path1(self.block.norm1(branch)))
 
     def ffn(self, tokens: Tokens) -> Tokens:

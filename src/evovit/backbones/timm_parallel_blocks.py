@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from evovit.backbones.base import expect_parts, matrix_entries
+from evovit.backbones.base import Block, Mix, expect_parts, matrix_entries, mixed_values
 from evovit.backbones.timm_blocks import PreNormBlock, attention_output, check_attention, fused_qkv
 from evovit.tokens import QKV, Tokens
 
@@ -18,6 +17,7 @@ class ParallelThingsBlock(PreNormBlock):
     """`ParallelThingsBlock`: several attentions summed, then several FFNs; all heads stand side by side."""
 
     parts = ("attns", "ffns")
+    glance, focus = Block.glance, Block.focus
 
     @property
     def num_heads(self) -> int:
@@ -37,12 +37,14 @@ class ParallelThingsBlock(PreNormBlock):
         )
         return QKV(q, k, v, each[0].scale, side=gate)
 
-    def attention(self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None) -> Tokens:
+    def attention(
+        self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None, mix: Mix | None = None
+    ) -> Tokens:
         count, out = len(self.block.attns), []
         gates = [None] * count if qkv.side is None else qkv.side.chunk(count, dim=-1)
         heads = zip(qkv.q.chunk(count, 1), qkv.k.chunk(count, 1), qkv.v.chunk(count, 1), gates, strict=True)
         for branch, (q, k, v, gate) in zip(self.block.attns, heads, strict=True):
-            y = attention_output(branch.attn, QKV(q, k, v, qkv.scale, side=gate), bias)
+            y = attention_output(branch.attn, QKV(q, k, v, qkv.scale, side=gate), bias, mix)
             out.append(branch.drop_path(branch.ls(y)))
         return tokens.with_x(tokens.x + torch.stack(out).sum(0))
 
@@ -61,6 +63,7 @@ class ParallelScalingBlock(PreNormBlock):
         *("in_norm", "in_proj", "mlp_bias", "q_norm", "k_norm", "attn_drop", "mlp_drop", "mlp_act"),
         *("out_proj", "attn_out_proj", "mlp_out_proj", "ls", "drop_path"),
     )
+    glance, focus = Block.glance, Block.focus
 
     @property
     def num_heads(self) -> int:
@@ -77,9 +80,11 @@ class ParallelScalingBlock(PreNormBlock):
         q, k = block.q_norm(q), block.k_norm(k)
         return QKV(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block.scale, side=hidden)
 
-    def attention(self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None) -> Tokens:
+    def attention(
+        self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None, mix: Mix | None = None
+    ) -> Tokens:
         block, dropout = self.block, self.block.attn_drop.p if self.block.training else 0.0
-        x = F.scaled_dot_product_attention(qkv.q, qkv.k, qkv.v, bias, dropout, scale=qkv.scale)
+        x = mixed_values(qkv, bias, mix, dropout)
         x, hidden = x.transpose(1, 2).flatten(2), block.mlp_drop(block.mlp_act(qkv.side))
         if block.out_proj is not None:
             y = block.out_proj(torch.cat((x, hidden), dim=-1))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evovit.backbones.base import Block, expect_class, expect_parts, matrix_entries
+from evovit.backbones.base import Block, Mix, expect_class, expect_parts, matrix_entries
 from evovit.backbones.timm_blocks import ATTENTION_PARTS, attention_output, output_gate
 from evovit.tokens import QKV, Tokens
 
@@ -102,8 +102,10 @@ class EvaBlock(Block):
     def qkv(self, tokens: Tokens) -> QKV:
         return rope_qkv(self.block.attn, self.block.norm1(tokens.x), tokens, self.table)
 
-    def attention(self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None) -> Tokens:
-        branch, gamma = attention_output(self.block.attn, qkv, bias), self.block.gamma_1
+    def attention(
+        self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None, mix: Mix | None = None
+    ) -> Tokens:
+        branch, gamma = attention_output(self.block.attn, qkv, bias, mix), self.block.gamma_1
         branch = branch if gamma is None else gamma * branch
         return tokens.with_x(tokens.x + self.block.drop_path1(branch))
 
@@ -125,8 +127,10 @@ class EvaBlockPostNorm(EvaBlock):
     def qkv(self, tokens: Tokens) -> QKV:
         return rope_qkv(self.block.attn, tokens.x, tokens, self.table)
 
-    def attention(self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None) -> Tokens:
-        branch = self.block.norm1(attention_output(self.block.attn, qkv, bias))
+    def attention(
+        self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None, mix: Mix | None = None
+    ) -> Tokens:
+        branch = self.block.norm1(attention_output(self.block.attn, qkv, bias, mix))
         return tokens.with_x(tokens.x + self.block.drop_path1(branch))
 
     def ffn(self, tokens: Tokens) -> Tokens:

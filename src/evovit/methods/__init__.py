@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
+import inspect
+import io
+import textwrap
+import tokenize
 from collections.abc import Callable
 from dataclasses import fields
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from evovit.errors import EvoViTError
 from evovit.methods.base import Method
@@ -65,6 +70,23 @@ def build_config(cls: type[Method], options: dict[str, Any]) -> Any:
                 f"{cls.__name__} has no option {key!r}; its options are {', '.join(known)}.{hint}"
             )
     return cls.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+
+
+def describe_options(cls: type[Method]) -> list[tuple[str, Any, str]]:
+    """Return (name, default, meaning) of each option: words allowed, and the comment in the file."""
+    source = textwrap.dedent(inspect.getsource(cls.Config))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t.string.strip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    lines: dict[str, range] = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            lines[node.target.id] = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    hints, found = get_type_hints(cls.Config), []
+    for f in fields(cls.Config):
+        words = get_args(hints[f.name]) if get_origin(hints[f.name]) is Literal else ()
+        meaning = " ".join(comments[n] for n in lines.get(f.name, ()) if n in comments)
+        found.append((f.name, f.default, f"{' | '.join(words)}: {meaning}" if words else meaning))
+    return found
 
 
 for _module in iter_modules(__path__):

@@ -25,7 +25,12 @@ class Method(nn.Module, ABC):
 
     keeps_grid: ClassVar[bool] = False  # every patch token reaches `finish`, in raster order
     needs_class_token: ClassVar[bool] = True
-    learns_from_teacher: ClassVar[bool] = False  # `losses` reads the teacher's features
+    crosses_stages: ClassVar[bool] = False  # fit for hosts that down-sample between stages
+    learns_from_teacher: bool = False  # `losses` reads the teacher's features; options may turn it off
+    reads_teacher_trace: bool = False  # `losses` compares with the teacher after every block
+    needs_teacher: bool = False  # some parameters learn through such `losses` alone
+    keeps_places: bool = True  # some patch tokens left keep a place of their own on the grid
+    samples_in_training: ClassVar[bool] = False  # each training forward draws anew; evaluation never does
     keep_all: ClassVar[dict[str, Any]] = {}  # options under which nothing is reduced: the host, exactly
     example: ClassVar[dict[str, Any]] = {}  # options that reduce a host of four blocks
     schedule: KeepSchedule  # of a method that keeps a set share of tokens
@@ -38,6 +43,11 @@ class Method(nn.Module, ABC):
         super().__init__()
         if self.needs_class_token:
             require_class_token(spec, type(self).__name__, "a method that scores without it")
+        if len(spec.depths) > 1 and not self.crosses_stages:
+            raise EvoViTError(
+                f"{type(self).__name__} does not follow the {len(spec.depths)} stages of this host, which "
+                "down-samples a whole grid in between; choose evo_levit or idle_vit, or a host of one stage."
+            )
         self.config, self.spec = config, spec
         self.class_head: ClassTokenHead | None = None
         self.full_schedule: KeepSchedule | None = None  # `schedule` as first given, once `set_reduction` ran
@@ -51,8 +61,8 @@ class Method(nn.Module, ABC):
         return tokens
 
     def enter_stage(self, stage: Stage, tokens: Tokens) -> Tokens:
-        """Enter a stage; default: the host's own down-sampling, if any."""
-        return stage.enter(tokens) if stage.enter else tokens
+        """Enter a stage; default: bring back what waits, then the host's own down-sampling, if any."""
+        return stage.enter(self.finish(tokens)) if stage.enter else tokens
 
     def finish(self, tokens: Tokens) -> Tokens:
         """Bring back what waits before a head that reads patch tokens; default: unchanged."""

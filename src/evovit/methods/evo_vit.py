@@ -8,34 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
-
-import torch
-from torch import Tensor, nn
+from typing import Any, ClassVar, Literal, get_args
 
 from evovit.backbones.base import BackboneSpec, Block, Stage, last_qkv
 from evovit.errors import EvoViTError, check_choice, check_count
 from evovit.methods import register
 from evovit.methods.base import ClassTokenHead, Method, require_class_token
-from evovit.ops.score import attention_column_mean, class_attention, evolve, random_score
-from evovit.ops.select import Split, put, split_top, take, with_prefix
-from evovit.ops.update import representative
+from evovit.ops.score import attention_column_mean, class_attention, random_score
+from evovit.ops.slow_fast import Waiting, part, rejoin, score_awake
 from evovit.schedule import KeepSchedule, per_block
 from evovit.tokens import QKV, Tokens
 
 Mode = Literal["stage", "layer"]
 Selection = Literal["global", "class", "last_class", "column_mean", "random"]
 SCORES = {"global": class_attention, "class": class_attention, "column_mean": attention_column_mean}
-
-
-class Waiting(NamedTuple):
-    """Evo-ViT's state beside the tokens; all but `score` while placeholders wait."""
-
-    score: Tensor | None = None  # (B, N) float32, score of every patch token present
-    split: Split | None = None  # who is awake
-    awake: Tensor | None = None  # (B, K) float32, score of the awake
-    before: Tokens | None = None  # all tokens as the stage found them
-    summary: Tensor | None = None  # (B, 1, C), the representative token as the stage found it
 
 
 @register("evo_vit")
@@ -104,37 +90,23 @@ class EvoViT(Method):
         score = tokens.carry.score
         if self.config.selection == "random":
             score = random_score(tokens.index, None if self.training else number)
-        split = split_top(score, keep)
-        x = take(tokens.x, with_prefix(split.rows, tokens.num_prefix))
-        index, summary = take(tokens.index, split.rows), None
-        if self.config.fast_update:
-            summary = representative(tokens.patches, score, split.kept)
-            x, index = torch.cat((x, summary), 1), nn.functional.pad(index, (0, 1), value=-1)
-        awake = take(score, split.rows)
-        return tokens.change(x=x, index=index, carry=Waiting(score, split, awake, tokens, summary))
+        return part(tokens, score, keep, self.config.fast_update)
 
     def rate(self, tokens: Tokens, qkv: QKV, number: int) -> Tokens:
         """Evolve the score of the tokens that took part (eq. 4), if a later selection reads it."""
-        measure, state = SCORES.get(self.config.selection), tokens.carry
+        measure = SCORES.get(self.config.selection)
         if measure is None or not self.schedule.reads_score(number, self.stage_length, self.trade_off):
             return tokens
         new = measure(qkv, tokens.num_prefix)
         new = new if self.config.fast_update else new.detach()  # it weighs tokens (eq. 5), or only ranks them
-        if state.split is None:
-            return tokens.change(carry=Waiting(evolve(state.score, new, self.trade_off[number])))
-        awake = evolve(state.awake, new[:, : state.awake.shape[1]], self.trade_off[number])
-        return tokens.change(carry=state._replace(awake=awake))
+        return score_awake(tokens, new, self.trade_off[number])
 
     def join(self, tokens: Tokens) -> Tokens:
         """End a stage: placeholders take the representative token's change (eq. 7); all in raster order."""
-        state, num_prefix = tokens.carry, tokens.num_prefix
+        state = tokens.carry
         if state.split is None or not self.config.preserve:
             return tokens.change(carry=Waiting(state.score if state.split is None else state.awake))
-        x, count = state.before.x, num_prefix + state.awake.shape[1]
-        x = x if state.summary is None else x + (tokens.x[:, count:] - state.summary)
-        x = put(x, with_prefix(state.split.rows, num_prefix), tokens.x[:, :count])
-        score = put(state.score, state.split.rows, state.awake)
-        return tokens.change(x=x, index=state.before.index, carry=Waiting(score))
+        return rejoin(tokens)
 
     def finish(self, tokens: Tokens) -> Tokens:
         if self.config.rejoin_last or tokens.carry.split is None:

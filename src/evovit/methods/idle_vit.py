@@ -17,7 +17,7 @@ from evovit.backbones.base import BackboneSpec, Block
 from evovit.errors import EvoViTError, check_choice, check_count
 from evovit.methods import register
 from evovit.methods.base import Method, require_class_token
-from evovit.ops.distance import head_mean_attention, token_cut
+from evovit.ops.distance import feature_distance, head_mean_attention, logit_divergence, token_cut
 from evovit.ops.score import attention_column_mean, class_logit_mean
 from evovit.ops.select import put, split_top, take, take_qkv, with_prefix
 from evovit.schedule import KeepSchedule, per_block
@@ -26,6 +26,7 @@ from evovit.tokens import QKV, Tokens
 Selection = Literal["class", "column_mean"]
 Cut = Literal["both", "inter", "intra"]
 CutBlocks = Literal["all", "released"]
+Compared = Literal["class", "active"]
 SCORES = {"class": class_logit_mean, "column_mean": attention_column_mean}
 
 
@@ -40,10 +41,16 @@ class Idle(NamedTuple):
 
 @register("idle_vit")
 class IdleViT(Method):
-    """Token idling: a block updates the tokens its class logits pick; all others skip it, none is lost."""
+    """Token idling: a block updates the tokens its class logits pick; all others skip it, none is lost.
+
+    With a teacher, `losses` compares logits and features with the teacher's; this is beside the recipe's own
+    `objective.distillation`, which the released training leaves off.
+    """
 
     keeps_grid = True
+    crosses_stages = True
     needs_class_token = False  # `selection` decides
+    learns_from_teacher = True
     keep_all: ClassVar = {"keep_ratio": 1.0}
     example: ClassVar = {"start_block": 1, "group_length": 2}
 
@@ -51,27 +58,30 @@ class IdleViT(Method):
     class Config(Method.Config):
         """Options of IdleViT; the defaults are those of the published cost and the released training."""
 
-        keep_ratio: float | tuple[float, ...] = (
-            0.7  # r: groups keep r, r^2, ... of all patches; or one per block
-        )
+        keep_ratio: float | tuple[float, ...] = 0.7  # r: groups keep r, r^2, ... of all; or one per block
         start_block: int = 3  # first idle block, counted from 0
         group_length: int = 3  # blocks per power of r
         selection: Selection = "class"  # "column_mean" for hosts without class token
         cut: Cut = "both"  # parts of the token cut loss
         cut_weight: float = 20.0  # of the token cut loss, mean over idle blocks; 0 turns it off
         cut_blocks: CutBlocks = "all"  # "released" takes every second idle block, as the released code does
+        distill_weight: float = 10.0  # of KL(teacher || student), and 100 times it of the feature distance
+        compared: Compared = "class"  # features: class token; or all that took part last, as with LV-ViT
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
         check_choice("selection", config.selection, get_args(Selection))
         check_choice("cut", config.cut, get_args(Cut))
         check_choice("cut_blocks", config.cut_blocks, get_args(CutBlocks))
+        check_choice("compared", config.compared, get_args(Compared))
         if config.selection == "class":
             require_class_token(spec, "selection='class'", "'column_mean'")
         check_count("start_block", config.start_block, 0, spec.depth - 1, "blocks count from 0")
         check_count("group_length", config.group_length, 1, spec.depth)
-        if config.cut_weight < 0:
-            raise EvoViTError(f"cut_weight is {config.cut_weight}; allowed is 0 or more.")
+        for name in ("cut_weight", "distill_weight"):
+            if getattr(config, name) < 0:
+                raise EvoViTError(f"{name} is {getattr(config, name)}; allowed is 0 or more.")
+        self.learns_from_teacher = config.distill_weight > 0
         ratios = per_block(config.keep_ratio, spec.depth, "keep_ratio", 0.0, 1.0)
         if min(ratios) == 0:
             raise EvoViTError("keep_ratio is 0; it is the share of tokens kept, above 0 and at most 1.")
@@ -82,21 +92,24 @@ class IdleViT(Method):
         self.schedule = KeepSchedule(ratios, start=config.start_block)
 
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
-        tokens = self.join(tokens)
-        qkv = block.qkv(tokens)
+        tokens = self.finish(tokens)
         keep = self.schedule.count(block.number, tokens.num_cells)
         if keep is None:
-            return block.ffn(block.attention(tokens, qkv))
-        split = split_top(SCORES[self.config.selection](qkv, tokens.num_prefix), keep)
+            return block(tokens)
+        cut = self.training and self.config.cut_weight > 0
+        whole = cut or self.config.selection != "class"  # the cut and the column mean read every query
+        seen = block.qkv(tokens) if whole else block.glance(tokens)
+        split = split_top(SCORES[self.config.selection](seen, tokens.num_prefix), keep)
         rows = with_prefix(split.rows, tokens.num_prefix)
-        active = tokens.change(
-            x=take(tokens.x, rows),
-            index=take(tokens.index, split.rows),
-            carry=Idle(rows, tokens.x, tokens.index, self.cuts(tokens, qkv, split.kept)),
-        )
-        return block.ffn(block.attention(active, take_qkv(qkv, rows)))
+        cuts = tokens.carry.cuts if tokens.carry else ()
+        if cut:
+            cuts = (*cuts, self.token_cut(seen, split.kept, tokens.num_prefix))
+        state = Idle(rows, tokens.x, tokens.index, cuts)
+        active = tokens.change(x=take(tokens.x, rows), index=take(tokens.index, split.rows), carry=state)
+        qkv = take_qkv(seen, rows) if whole else block.focus(active, seen, rows)
+        return block.ffn(block.attention(active, qkv))
 
-    def join(self, tokens: Tokens) -> Tokens:
+    def finish(self, tokens: Tokens) -> Tokens:
         """Put the tokens that took part back among the idle ones; all in raster order."""
         state: Idle = tokens.carry or Idle()
         if state.rows is None or state.before is None:
@@ -104,22 +117,32 @@ class IdleViT(Method):
         x = put(state.before, state.rows, tokens.x)
         return tokens.change(x=x, index=state.places, carry=Idle(cuts=state.cuts))
 
-    def finish(self, tokens: Tokens) -> Tokens:
-        return self.join(tokens)
-
-    def cuts(self, tokens: Tokens, qkv: QKV, kept: Tensor) -> tuple[Tensor, ...]:
-        """Return the token cut losses so far and, in training, this block's (it needs the full matrix)."""
-        before = tokens.carry.cuts if tokens.carry else ()
-        if not self.training or self.config.cut_weight == 0:
-            return before
-        mask = torch.nn.functional.pad(kept, (tokens.num_prefix, 0), value=True)
-        both = token_cut(head_mean_attention(qkv), mask, tokens.num_prefix)
-        loss = both.inter + both.intra if self.config.cut == "both" else getattr(both, self.config.cut)
-        return (*before, loss)
+    def token_cut(self, qkv: QKV, kept: Tensor, num_prefix: int) -> Tensor:
+        """Return the token cut loss of one block; it needs the full attention matrix."""
+        mask = torch.nn.functional.pad(kept, (num_prefix, 0), value=True)
+        both = token_cut(head_mean_attention(qkv), mask, num_prefix)
+        return {"both": both.inter + both.intra, "inter": both.inter, "intra": both.intra}[self.config.cut]
 
     def losses(self, outputs: Any, teacher: Any) -> dict[str, Tensor]:
-        cuts = outputs.tokens.carry.cuts if outputs.tokens.carry else ()
-        if not cuts:
-            return {}
-        used = cuts[::2] if self.config.cut_blocks == "released" else cuts
-        return {"token_cut": self.config.cut_weight / len(cuts) * torch.stack(used).sum()}
+        config, terms, state = self.config, {}, outputs.tokens.carry or Idle()
+        if state.cuts:
+            used = state.cuts[::2] if config.cut_blocks == "released" else state.cuts
+            terms["token_cut"] = config.cut_weight / len(state.cuts) * torch.stack(used).sum()
+        if teacher is not None and config.distill_weight > 0:
+            terms["logits"] = config.distill_weight * logit_divergence(outputs.logits, teacher.logits)
+            terms["features"] = 100 * config.distill_weight * self.distance(outputs, teacher)
+        return terms
+
+    def distance(self, outputs: Any, teacher: Any) -> Tensor:
+        """Return the distance of features from the teacher's, as released."""
+        student: Tensor = outputs.features
+        taught: Tensor = teacher.features
+        if self.config.compared == "class":
+            require_class_token(self.spec, "compared='class'", "'active'")
+            return feature_distance(student[:, 0], taught[:, 0])
+        state: Idle = outputs.tokens.carry or Idle()
+        if state.rows is None:
+            return feature_distance(student, taught, dim=1)
+        student = take(student, state.rows) if student.shape[1] > state.rows.shape[1] else student
+        share = state.rows.shape[1] / taught.shape[1]  # the released mean counts idle tokens, as zeros
+        return share * feature_distance(student, take(taught, state.rows), dim=1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evovit.backbones.base import BackboneSpec, Block
-from evovit.errors import EvoViTError
+from evovit.errors import check_choice, check_count
 from evovit.methods import register
 from evovit.methods.base import Method
 from evovit.ops.select import take
@@ -36,20 +36,15 @@ class Subsample(Method):
     class Config(Method.Config):
         """Options of sub-sampling."""
 
-        kind: Kind = "average"
+        kind: Kind = "average"  # what a window becomes
         block: int = 6  # pools before this block, counted from 0
         stride: int = 2  # side of the window, in patches
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        if config.kind not in get_args(Kind):
-            raise EvoViTError(f"kind is {config.kind!r}; allowed is one of {', '.join(get_args(Kind))}.")
-        if not 0 <= config.block < spec.depth:
-            raise EvoViTError(f"block is {config.block}; allowed is 0 to {spec.depth - 1} for this model.")
-        if not 1 <= config.stride <= min(spec.grid):
-            raise EvoViTError(
-                f"stride is {config.stride}; allowed is 1 to {min(spec.grid)}, the grid's shorter side."
-            )
+        check_choice("kind", config.kind, get_args(Kind))
+        check_count("block", config.block, 0, spec.depth - 1, "blocks count from 0")
+        check_count("stride", config.stride, 1, min(spec.grid), "at most the grid's shorter side")
         self.conv = (
             nn.Conv2d(spec.dims[0], spec.dims[0], config.stride, config.stride)
             if config.kind == "conv"

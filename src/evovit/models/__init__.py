@@ -8,10 +8,11 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from evovit.errors import EvoViTError
-from evovit.model import ReducedViT
+from torch import nn
 
-_MODELS: dict[str, Callable[..., ReducedViT]] = {}
+from evovit.errors import EvoViTError
+
+_MODELS: dict[str, Callable[..., nn.Module]] = {}
 for _info in iter_modules(__path__):
     _module = import_module(f"{__name__}.{_info.name}")
     _MODELS |= {name: getattr(_module, name) for name in _module.__all__}
@@ -22,8 +23,8 @@ def list_models() -> list[str]:
     return sorted(_MODELS)
 
 
-def create_model(name: str, **kwargs: Any) -> ReducedViT:
-    """Create a named model with random weights.
+def create_model(name: str, **kwargs: Any) -> Any:
+    """Create a named model with random weights: a `ReducedViT`, or the dense host of one.
 
     Args:
         kwargs: options of the method (such as `keep_ratio`), and arguments of the host (such as

@@ -1,4 +1,4 @@
-"""Training losses between tokens, and between a model and its teacher (IdleViT, section 3)."""
+"""Training losses between tokens, and between a model and its teacher (IdleViT, section 3; DynamicViT)."""
 
 from __future__ import annotations
 
@@ -41,12 +41,31 @@ def token_cut(attention: Tensor, mask: Tensor, num_prefix: int) -> TokenCut:
     return TokenCut(inter.square().mean(), (intra - mask).square().mean())
 
 
-def logit_divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return KL(teacher || student) of logits (B, classes), temperature 1, mean over images."""
-    log_q = F.log_softmax(teacher.float(), dim=1)
-    return F.kl_div(F.log_softmax(student.float(), dim=1), log_q, reduction="batchmean", log_target=True)
+def logit_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return KL(teacher || student) of logits (B, classes), temperature squared times, mean over images."""
+    log_p = F.log_softmax(student.float() / temperature, dim=1)
+    log_q = F.log_softmax(teacher.float() / temperature, dim=1)
+    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
 
 
 def feature_distance(student: Tensor, teacher: Tensor, dim: int = -1) -> Tensor:
     """Return the mean squared difference of features scaled to length 1 along `dim`."""
     return F.mse_loss(F.normalize(student.float(), dim=dim), F.normalize(teacher.float(), dim=dim))
+
+
+def kept_distance(student: Tensor, teacher: Tensor, kept: Tensor, kind: str) -> Tensor:
+    """Return the mean distance of kept tokens from the teacher's (DynamicViT, eq. 14); 0 where none is kept.
+
+    Args:
+        student: (B, N, C) features, or logits of every token.
+        teacher: the same of the teacher.
+        kept: (B, N) 1 for tokens that count, 0 for the others; no gradient flows through it.
+        kind: "squared" is the mean squared difference; "divergence" KL(teacher || student) over C classes.
+    """
+    student, teacher, kept = student.float(), teacher.float(), kept.detach().float()
+    if kind == "squared":
+        each = (student - teacher).square().mean(-1)  # (B, N)
+    else:
+        log_q = teacher.log_softmax(-1)
+        each = (log_q.exp() * (log_q - student.log_softmax(-1))).sum(-1)
+    return (each * kept).sum() / kept.sum().clamp_min(1)

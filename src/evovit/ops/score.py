@@ -57,9 +57,11 @@ def attention_column_mean(qkv: QKV, num_prefix: int) -> Tensor:
     return total[:, num_prefix:] / qkv.q.shape[1]
 
 
-def evolve(old: Tensor | None, new: Tensor, trade_off: float) -> Tensor:
+def evolve(old: Tensor | None, new: Tensor, trade_off: float | Tensor) -> Tensor:
     """Return trade_off * old + (1 - trade_off) * new (Evo-ViT eq. 4); `new` if there is no old."""
-    return new if old is None or trade_off == 0 else trade_off * old + (1 - trade_off) * new
+    if old is None or (not isinstance(trade_off, Tensor) and trade_off == 0):
+        return new
+    return trade_off * old + (1 - trade_off) * new
 
 
 def random_score(index: Tensor, salt: int | None) -> Tensor:

@@ -56,14 +56,18 @@ def with_prefix(rows: Tensor, num_prefix: int) -> Tensor:
     return torch.cat((prefix, rows + num_prefix), dim=1)
 
 
+def take_heads(x: Tensor, rows: Tensor) -> Tensor:
+    """Return the rows `rows` (B, K) of queries, keys or values x (B, H, T, D), as (B, H, K, D)."""
+    return x.gather(2, rows[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
 def take_qkv(qkv: QKV, rows: Tensor) -> QKV:
     """Return what attention sees of the rows `rows` (B, K) of the whole tensor alone."""
-    picked = rows[:, None, :, None]
-    q, k, v = (x.gather(2, picked.expand(-1, x.shape[1], -1, x.shape[3])) for x in (qkv.q, qkv.k, qkv.v))
+    q, k, v = (take_heads(x, rows) for x in (qkv.q, qkv.k, qkv.v))
     bias = qkv.bias
     if bias is not None:
         bias = bias.expand(rows.shape[0], -1, -1, -1)
-        bias = bias.gather(2, picked.expand(-1, bias.shape[1], -1, bias.shape[3]))
+        bias = take_heads(bias, rows)
         bias = bias.gather(3, rows[:, None, None, :].expand(-1, bias.shape[1], rows.shape[1], -1))
     return QKV(q, k, v, qkv.scale, bias, None if qkv.side is None else take(qkv.side, rows))
 

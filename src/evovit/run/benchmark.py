@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from evovit.errors import EvoViTError
 from evovit.run.macs import gmacs, gmacs_counted
@@ -80,9 +81,9 @@ def _measure(
     size = image_size_of(setting, host)
     image_shape = (getattr(host, "in_chans", 3), size, size)
     models = build_models(host, variants)
-    macs = [
-        (gmacs(m, image_shape), gmacs_counted(m, image_shape) if extras.count_macs else None) for m in models
-    ]
+    for model in models:
+        model.eval()  # what is counted; one image alone would not pass a batch norm in training
+    macs = [count_macs(model, image_shape, extras.count_macs) for model in models]
     models = [place(setting, model) for model in models]
     batches, measured = random_batches(setting, host), list[Measured]()
     for i, (variant, model) in enumerate(zip([Variant(DENSE), *variants], models, strict=True)):
@@ -100,6 +101,19 @@ def _measure(
         write_trace(steps, setting.device, extras.trace)
         say(f"trace written to {extras.trace}")
     return rows_of(setting, size, measured, notes)
+
+
+def count_macs(model: nn.Module, image_shape: Sequence[int], both: bool) -> tuple[float, float | None]:
+    """Return GMACs by formula and counted (None unless `both`).
+
+    A model without an adapter, measured for reference, has no formula; the count stands for it.
+    """
+    try:
+        formula = gmacs(model, image_shape)
+    except EvoViTError:
+        counted = gmacs_counted(model, image_shape)
+        return counted, counted
+    return formula, gmacs_counted(model, image_shape) if both else None
 
 
 def interleave(measured: Sequence[Measured], setting: Setting) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from evovit.model import ReducedViT, reduce_tokens
 from evovit.run.config import read_recipe
 from evovit.run.files import read_state_dict
 from evovit.run.objective import Objective
-from evovit.run.recipe import DENSE, Recipe
+from evovit.run.recipe import DENSE, OptimizerTable, Recipe
 from evovit.run.small_vit import small_vit
 from evovit.run.state import read_weights
 from evovit.run.world import number
@@ -39,12 +40,24 @@ def build_model(recipe: Recipe, num_classes: int, *, weights: bool = True) -> nn
         host = _host(recipe, num_classes, pretrained=weights and recipe.model.pretrained)
         if weights and recipe.model.weights:
             fit(host, read_state_dict(recipe.model.weights), f"model.weights, {recipe.model.weights!r},")
+        freeze(host, recipe.optimizer.frozen.split())
         if recipe.method.name == DENSE:
             return host
         model = reduce_tokens(host, recipe.method.name, **recipe.method.options)
     if recipe.run.reduce_from_epoch or recipe.run.reduce_ramp_epochs:
         model.method.set_reduction(1.0)  # refuses a method that cannot
     return model
+
+
+def freeze(host: nn.Module, names: Sequence[str]) -> None:
+    """Take parameters of the host, named as it names them, out of the training."""
+    own = dict(host.named_parameters())
+    for name in names:
+        if name not in own:
+            near = difflib.get_close_matches(name, own, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else "; name parameters as the network does."
+            raise EvoViTError(f"optimizer.frozen names {name!r}, which the network does not have{hint}")
+        own[name].requires_grad_(False)
 
 
 def check_model(recipe: Recipe) -> tuple[int, Colours]:
@@ -59,6 +72,7 @@ def check_model(recipe: Recipe) -> tuple[int, Colours]:
     with torch.device("meta"):
         model = build_model(recipe, classes, weights=False)
         build_objective(recipe, model, classes, weights=False)
+        build_optimizers(recipe, model)
     return image_side(model), colours_of(recipe, model)
 
 
@@ -81,11 +95,16 @@ def colours_of(recipe: Recipe, model: nn.Module) -> Colours:
 
 
 def build_objective(recipe: Recipe, model: nn.Module, num_classes: int, *, weights: bool = True) -> Objective:
-    """Join a model with its teacher and losses; without `weights` the teacher's are left out."""
+    """Join a model with its teacher and losses; without `weights` theirs, or the teacher, may be left out."""
     goal = recipe.objective
     if goal.teacher_weights and not Path(goal.teacher_weights).is_file():
         raise EvoViTError(f"objective.teacher_weights: there is no file {goal.teacher_weights!r}.")
     if not goal.teacher:
+        if weights and isinstance(model, ReducedViT) and model.method.needs_teacher:
+            raise EvoViTError(
+                f"{recipe.method.name} as configured learns from a teacher and there is none; set "
+                "objective.teacher, or the method's token_weight to 0."
+            )
         return Objective(model, goal)
     if (Path(goal.teacher) / "recipe.toml").is_file():
         taught = read_recipe(Path(goal.teacher) / "recipe.toml")
@@ -168,32 +187,56 @@ def fit(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
 
 
 def build_optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Return AdamW, before it Muon for the blocks' matrices if asked for; `peak` of a group is its rate."""
+    """Return AdamW, before it Muon for the blocks' matrices if asked for; `set_rates` sets their rates."""
     table, rate = recipe.optimizer, recipe.learning_rate
     spared: set[str] = getattr(model, "no_weight_decay", set)()
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for prefix in table.factors:
+        if not any(name.startswith(prefix) for name in named):
+            raise EvoViTError(f"optimizer.rate_factors: no trained parameter's name starts with {prefix!r}.")
+    if table.freeze_host_epochs and not isinstance(model, ReducedViT):
+        raise EvoViTError("optimizer.freeze_host_epochs needs a method to train meanwhile; there is none.")
     optimizers: list[torch.optim.Optimizer] = []
     if table.name == "muon":
         matrices = {name: p for name, p in named.items() if "blocks." in name and p.ndim == 2}
         named = {name: p for name, p in named.items() if name not in matrices}
-        group = {"params": list(matrices.values()), "peak": rate.muon * recipe.scale}
-        optimizers.append(torch.optim.Muon([group], lr=0.0, weight_decay=table.weight_decay))
-    bare = [name for name, p in named.items() if p.ndim <= 1 or name.endswith(".bias") or name in spared]
-    groups = [
-        {"params": [p for name, p in named.items() if name not in bare], "weight_decay": table.weight_decay},
-        {"params": [named[name] for name in bare], "weight_decay": 0.0},
-    ]
-    groups = [{**group, "peak": rate.base * recipe.scale} for group in groups]
-    betas = (table.beta1, table.beta2)
-    optimizers.append(torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=table.eps))
+        groups = _groups(table, matrices, set(), rate.muon * recipe.scale)
+        optimizers.append(torch.optim.Muon(groups, lr=0.0))
+    bare = {name for name, p in named.items() if p.ndim <= 1 or name.endswith(".bias") or name in spared}
+    groups = _groups(table, named, bare, rate.base * recipe.scale)
+    optimizers.append(torch.optim.AdamW(groups, lr=0.0, betas=(table.beta1, table.beta2), eps=table.eps))
     return optimizers
+
+
+def _groups(
+    table: OptimizerTable, named: dict[str, nn.Parameter], bare: set[str], peak: float
+) -> list[dict[str, Any]]:
+    """Return parameter groups, those at the full rate with weight decay first."""
+    groups: dict[tuple[bool, bool, float, bool], dict[str, Any]] = {}
+    for name, p in named.items():
+        factor = next((value for prefix, value in table.factors.items() if name.startswith(prefix)), 1.0)
+        waits = table.freeze_host_epochs > 0 and name.startswith("model.")
+        decay = 0.0 if name in bare else table.weight_decay
+        new = {"params": [], "weight_decay": decay, "peak": peak, "factor": factor, "waits": waits}
+        groups.setdefault((name in bare, factor != 1, factor, waits), new)["params"].append(p)
+    return [groups[key] for key in sorted(groups)]
+
+
+def set_rates(
+    recipe: Recipe, optimizers: Sequence[torch.optim.Optimizer], update: int, per_epoch: int
+) -> None:
+    """Set the learning rate of every group for an update, counted from 0."""
+    frozen = update < recipe.optimizer.freeze_host_epochs * per_epoch
+    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+        rate = rate_at(recipe, group["peak"], update, per_epoch)
+        group["lr"] = 0.0 if frozen and group["waits"] else group["factor"] * rate
 
 
 def rate_at(recipe: Recipe, peak: float, update: int, per_epoch: int) -> float:
     """Return the learning rate of an update, counted from 0: linear warm-up, then a cosine to the minimum."""
     table = recipe.learning_rate
-    rise, total = table.warm_up_epochs * per_epoch, recipe.run.epochs * per_epoch
+    rise, total = table.warm_up_epochs * per_epoch, (recipe.run.epochs - table.last_epochs) * per_epoch
     if update < rise:
         return table.warm_up_start + (peak - table.warm_up_start) * update / rise
-    done = (update - rise) / max(1.0, total - rise)
+    done = min(1.0, (update - rise) / max(1.0, total - rise))
     return table.minimum + (peak - table.minimum) * 0.5 * (1 + math.cos(math.pi * done))

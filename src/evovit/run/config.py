@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from evovit.errors import EvoViTError
-from evovit.methods import find_method, list_methods
+from evovit.methods import describe_options, find_method, list_methods
 from evovit.run.recipe import DENSE, TABLES, Recipe
 
 WORDS = {int: "a whole number", float: "a number", str: "text in quotes", bool: "true or false"}
@@ -21,6 +21,8 @@ PICTURE_KNOBS = (
     "rand_augment",
     "colour_jitter",
     "erase",
+    "token_labels",
+    "token_label_grid",
     "crop_pct",
     "workers",
 )
@@ -65,10 +67,12 @@ def check_together(recipe: Recipe) -> None:
             raise EvoViTError(f"data.{f.name} is given, but has no effect on {why}; leave it out.")
     if data.rand_augment and data.colour_jitter:
         raise EvoViTError("data.colour_jitter has no effect beside data.rand_augment; leave one out.")
-    if recipe.learning_rate.warm_up_epochs >= run.epochs:
+    rate = recipe.learning_rate
+    cosine = "run.epochs - learning_rate.last_epochs" if rate.last_epochs else "run.epochs"
+    if rate.warm_up_epochs >= run.epochs - rate.last_epochs:
         raise EvoViTError(
-            f"learning_rate.warm_up_epochs is {recipe.learning_rate.warm_up_epochs:g}; allowed is below "
-            f"run.epochs, {run.epochs}."
+            f"learning_rate.warm_up_epochs is {rate.warm_up_epochs:g}; allowed is below {cosine}, "
+            f"{run.epochs - rate.last_epochs}."
         )
     if run.batch_per_device and data.batch_size % run.batch_per_device:
         raise EvoViTError(
@@ -82,6 +86,14 @@ def check_together(recipe: Recipe) -> None:
         raise EvoViTError("objective.teacher is given, but nothing is learnt from it; set distillation.")
     if goal.teacher_weights and not goal.teacher:
         raise EvoViTError("objective.teacher_weights is given without objective.teacher; give both.")
+    if data.token_labels and (not goal.token_label_weight or data.mixup or data.cutmix):
+        raise EvoViTError(
+            "data.token_labels needs objective.token_label_weight, and neither data.mixup nor data.cutmix."
+        )
+    if goal.mix_token and (data.mixup or data.cutmix):
+        raise EvoViTError(
+            "objective.mix_token takes the place of data.mixup and data.cutmix; leave these out."
+        )
     if goal.token_distillation and recipe.method.name == DENSE:
         raise EvoViTError("objective.token_distillation is for a token reduction, but method.name is 'none'.")
     late = run.reduce_from_epoch + run.reduce_ramp_epochs
@@ -186,10 +198,9 @@ def describe_knobs() -> str:
             )
         if name == "method":
             for method in list_methods():
-                options = ", ".join(
-                    f"{f.name} = {_toml_word(f.default)}" for f in fields(find_method(method).Config)
-                )
-                lines.append(f"  with name = {method!r}: {options}")
+                lines += ["", f"  with name = {method!r}:"]
+                for option, default, meaning in describe_options(find_method(method)):
+                    lines.append(f"    {option} = {_toml_word(default)}  {meaning}")
     return "\n".join(lines)
 
 

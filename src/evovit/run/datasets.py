@@ -22,7 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from evovit.data import NUM_CLASSES, digit_scenes
 from evovit.errors import EvoViTError
+from evovit.run.dense_labels import DenseLabels
 from evovit.run.recipe import Recipe
+from evovit.run.shards import ShardReader
 from evovit.run.world import World, number, seeded
 
 TEST_SEED = 2**40  # of the digit scenes for testing, as in the quickstart
@@ -136,8 +138,9 @@ class Pictures(Dataset[Any]):
 
     reader: Any
     transform: Callable[[Any], Tensor]
+    dense: DenseLabels | None = None
 
-    def __getitem__(self, key: tuple[tuple[object, ...], int]) -> tuple[Tensor, int] | Unreadable:
+    def __getitem__(self, key: tuple[tuple[object, ...], int]) -> tuple[Tensor, Tensor] | Unreadable:
         place, row = key
         try:
             file, label = self.reader[row]
@@ -148,7 +151,10 @@ class Pictures(Dataset[Any]):
                 str(self.reader.filename(row, absolute=True)), f"{type(error).__name__}: {error}"
             )
         with seeded(*place):
-            return self.transform(image), int(label)
+            augmented = self.transform(image)
+        if self.dense is None:
+            return augmented, torch.tensor(int(label))
+        return augmented, self.dense(place, self.reader.filename(row, absolute=True), image, int(label))
 
 
 class PictureImages(Images):
@@ -176,7 +182,10 @@ class PictureImages(Images):
             re_mode="pixel",
         )
         allow_black(augment)
-        self.pictures = Pictures(readers[data.train_split], augment)
+        smoothing, crop = recipe.objective.label_smoothing, augment.transforms[0]
+        shared_labels = (data.token_label_grid, self.num_classes, smoothing, crop, data.flip)
+        dense = DenseLabels(Path(data.token_labels), *shared_labels) if data.token_labels else None
+        self.pictures = Pictures(readers[data.train_split], augment, dense)
         plain = create_transform(**shared, crop_pct=data.crop_pct)
         self.test_pictures = Pictures(readers[data.test_split], plain)
 
@@ -211,7 +220,7 @@ class PictureImages(Images):
                     "No image of a batch can be read; repair the data, or make the batch larger."
                 )
             images, labels = zip(*whole, strict=True)
-            yield torch.stack(images), torch.tensor(labels)
+            yield torch.stack(images), torch.stack(labels)
 
     def _report(self, item: Unreadable) -> None:
         self.unreadable.setdefault(item.path, item.why)
@@ -248,7 +257,7 @@ def open_images(recipe: Recipe, side: int, colours: tuple[tuple[float, ...], tup
 
 
 def open_reader(source: str, split: str) -> Any:
-    """Open one split of a folder of images or tar files, or of a Hugging Face data set."""
+    """Open one split of a folder of images or tar files, of shards, or of a Hugging Face data set."""
     if source.lower().startswith("hfds/"):
         try:
             return create_reader(source, split=split)
@@ -256,6 +265,8 @@ def open_reader(source: str, split: str) -> Any:
             raise EvoViTError(f"{source} needs the package 'datasets': pip install datasets.") from error
         except Exception as error:
             raise EvoViTError(f"{source}, split {split!r}, cannot be opened: {error}.") from error
+    if source.lower().startswith("wds/"):
+        return ShardReader(Path(source[4:]), split)
     place = Path(source) / split
     if not place.exists():
         inside = sorted(path.name for path in Path(source).iterdir()) if Path(source).is_dir() else []

@@ -1,7 +1,8 @@
 """Objective: images and targets to named loss terms. What DistributedDataParallel wraps.
 
 The assisted class-token loss is eq. 8 of Evo-ViT (Xu et al., AAAI 2022); distillation is DeiT's (Touvron et
-al., 2021), as the released Evo-ViT code applies it: the first head learns the labels, the others the teacher.
+al., 2021), as the released Evo-ViT code applies it: the first head learns the labels, the others the teacher;
+where heads are made for the teacher ("distilled"), all others learn the labels.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evovit.backbones import adapt
+from evovit.backbones.base import trace_dense
 from evovit.errors import EvoViTError
 from evovit.model import Outputs, ReducedViT
 from evovit.run.recipe import ObjectiveTable
+from evovit.run.token_labels import run_with_token_labels, with_token_labels
+from evovit.tokens import Tokens
 
 
 class Taught(NamedTuple):
@@ -23,6 +27,9 @@ class Taught(NamedTuple):
 
     logits: Tensor  # (B, classes)
     features: Tensor | None  # (B, P + N, C), its normed tokens in raster order, if a loss reads them
+    trace: tuple[Tensor, ...] = ()  # (B, N, C), its patch tokens after each block, if a loss reads them
+    token_logits: Tensor | None = None  # (B, N, classes), if it classifies every patch token
+    class_logits: Tensor | None = None  # (B, classes) beside them, of the class head alone
 
 
 class Objective(nn.Module):
@@ -46,6 +53,8 @@ class Objective(nn.Module):
         teacher_colours: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
+        self.labels_tokens = goal.token_label_weight > 0 or goal.mix_token
+        model = with_token_labels(model, goal, teacher) if self.labels_tokens else model
         self.model, self.goal = model, goal
         self.teacher = teacher.requires_grad_(False).eval() if teacher is not None else None
         scale, shift = teacher_colours or (torch.ones(3), torch.zeros(3))
@@ -57,19 +66,36 @@ class Objective(nn.Module):
         )
         if goal.token_distillation > 0 and (not reduced or teacher is None):
             raise EvoViTError("token_distillation needs a reduced model and a teacher.")
+        if isinstance(model, ReducedViT):
+            check_teacher(model, teacher)
+            if goal.token_distillation > 0 and not model.method.keeps_places:
+                raise EvoViTError(
+                    f"{type(model.method).__name__} leaves no patch token at its place on the grid, where "
+                    "token_distillation compares; leave it out."
+                )
+        elif goal.distillation != "none" and (switch := getattr(model, "set_distilled_training", None)):
+            switch(True)  # timm's distilled models then give one prediction for labels, one for the teacher
 
     def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return loss terms by name, weighted: their sum is the loss.
 
         Args:
             images: (B, channels, height, width).
-            targets: (B,) int64 classes, or (B, classes) shares after mixup.
+            targets: (B,) int64 classes, (B, classes) shares after mixup, or with token labels
+                (B, 1 + N, classes) shares of image and patches.
         """
-        outputs = self.model.run(images) if isinstance(self.model, ReducedViT) else None
+        outputs: Outputs | None = None
+        labelled: dict[str, Tensor] = {}
+        if isinstance(self.model, ReducedViT) and self.labels_tokens:
+            outputs, targets, labelled = run_with_token_labels(self.model, self.goal, images, targets)
+        elif isinstance(self.model, ReducedViT):
+            outputs = self.model.run(images)
         logits = self.model(images) if outputs is None else outputs.logits
         others = {} if outputs is None else outputs.extra_logits
+        if isinstance(logits, tuple):  # of timm's distilled models
+            logits, others = logits[0], {"distilled": logits[1]}
         taught = self.teach(images) if self.teacher is not None else None
-        terms = self.supervised(logits, others, targets, taught)
+        terms = self.supervised(logits, others, targets, taught) | labelled
         if outputs is not None and isinstance(self.model, ReducedViT):
             terms |= self.model.method.losses(outputs, taught)
             if self.goal.token_distillation > 0 and taught is not None:
@@ -81,15 +107,19 @@ class Objective(nn.Module):
         self, logits: Tensor, others: dict[str, Tensor], targets: Tensor, taught: Taught | None
     ) -> dict[str, Tensor]:
         """Return the terms of all heads, from labels (eq. 8) or from labels and teacher."""
-        goal = self.goal
+        goal, heads = self.goal, {"class": logits, **others}
         if goal.distillation == "none" or taught is None:
-            weight = 1 / (1 + len(others)) if goal.reduction == "mean" else 1.0
-            heads = {"class": logits, **others}
+            weight = 1 / len(heads) if goal.reduction == "mean" else 1.0
             return {name: weight * self.cross_entropy(head, targets) for name, head in heads.items()}
-        students = list(others.values()) or [logits]
-        distances = [distillation(s, taught.logits, goal.distillation, goal.temperature) for s in students]
+        marked = [name for name in heads if name.endswith("distilled")]  # made for the teacher, as in LeViT
+        students = marked or list(others) or ["class"]
+        distances = [
+            distillation(heads[name], taught.logits, goal.distillation, goal.temperature) for name in students
+        ]
+        labelled = [name for name in heads if name not in marked] if marked else ["class"]
+        losses = [self.cross_entropy(heads[name], targets) for name in labelled]
         return {
-            "class": (1 - goal.alpha) * self.cross_entropy(logits, targets),
+            "class": (1 - goal.alpha) * torch.stack(losses).mean(),
             "distillation": goal.alpha * torch.stack(distances).mean(),
         }
 
@@ -105,12 +135,19 @@ class Objective(nn.Module):
         images = images * self.scale + self.shift
         if not self.reads_features:
             return Taught(self.teacher(images), None)
-        if isinstance(self.teacher, ReducedViT):
+        trace: list[Tokens] = []
+        backbone = adapt(self.teacher.model if isinstance(self.teacher, ReducedViT) else self.teacher)
+        if isinstance(self.model, ReducedViT) and self.model.method.reads_teacher_trace:
+            trace = trace_dense(backbone, images)
+            features = backbone.norm(trace[-1].x)
+        elif isinstance(self.teacher, ReducedViT):
             features = self.teacher.forward_features(images)
-            return Taught(self.teacher.forward_head(features), features)
-        backbone = adapt(self.teacher)
-        features = backbone.host_features(images)
-        return Taught(backbone.head(features), features)
+        else:
+            features = backbone.host_features(images)
+        patches = tuple(tokens.patches for tokens in trace)
+        each = backbone.token_logits(features)
+        alone = None if each is None else backbone.class_logits(features)
+        return Taught(backbone.head(features), features, patches, each, alone)
 
     def train(self, mode: bool = True) -> Objective:
         """Set the model's mode; the teacher's stays evaluation."""
@@ -147,3 +184,23 @@ def token_distance(model: ReducedViT, outputs: Outputs, features: Tensor | None)
     squared = (normed.float() - patches.gather(1, index).float()).square().mean(2)  # (B, N)
     real = (tokens.index >= 0).to(squared.dtype)
     return (squared * real).sum() / real.sum()
+
+
+def check_teacher(model: ReducedViT, teacher: nn.Module | None) -> None:
+    """Raise `EvoViTError` where the method's own losses cannot be had from this teacher."""
+    method, name = model.method, type(model.method).__name__
+    if teacher is None or not method.learns_from_teacher:
+        return
+    if isinstance(teacher, ReducedViT) and (method.reads_teacher_trace or not teacher.method.keeps_grid):
+        raise EvoViTError(
+            f"{name} learns from all tokens of its teacher, which reduces them; take a dense one."
+        )
+    ours, other = (adapt(m.model if isinstance(m, ReducedViT) else m).spec for m in (model, teacher))
+    if (ours.grid, ours.dims, ours.num_prefix) != (other.grid, other.dims, other.num_prefix) or (
+        method.reads_teacher_trace and ours.depths != other.depths
+    ):
+        raise EvoViTError(
+            f"{name} compares tokens with its teacher's, which has {other.depth} blocks of width "
+            f"{other.dims[-1]} on {other.grid} and {other.num_prefix} prefix tokens; the model {ours.depth} "
+            f"of {ours.dims[-1]} on {ours.grid} and {ours.num_prefix}; choose an equal teacher."
+        )

@@ -10,20 +10,22 @@ from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evovit.errors import EvoViTError
 from evovit.model import ReducedViT, reduce_tokens
 from evovit.models.evo_deit import build_evo_deit
 from evovit.run.files import read_state_dict
+from evovit.run.official_levit import load_evo_levit, load_levit
+from evovit.run.official_lv_vit import in_lv_vit_layout, load_lv_vit, load_lv_vit_host, load_sit
 
 
-def load_official(name: str, source: str | Path | Mapping[str, Tensor], **options: Any) -> ReducedViT:
-    """Load a checkpoint of a method's official implementation and return the ready model, in evaluation mode.
+def load_official(name: str, source: str | Path | Mapping[str, Tensor], **options: Any) -> Any:
+    """Load an official checkpoint and return the ready model, in evaluation mode.
 
     Args:
-        name: the method, as in `list_methods`.
+        name: a method, as in `list_methods`, for a `ReducedViT`; "lv_vit" or "levit" for that dense host.
         source: path of the file, or its state dict. What the tensors tell is not asked for.
         options: `num_heads` (no tensor tells it); `img_size` if the images are not square; the method's own
             options, whose defaults here are the released code's.
@@ -106,7 +108,12 @@ def _load_evo_vit(
 def _load_deit(
     name: str, state: dict[str, Tensor], *, num_heads: int | None = None, img_size: Any = None, **options: Any
 ) -> ReducedViT:
-    """Load a checkpoint with DeiT's own keys; the positions are resized to `img_size` as the releases do."""
+    """Load a checkpoint with DeiT's own keys; the positions are resized to `img_size` as the releases do.
+
+    LV-ViT's keys are known too; the method's defaults are then those released for LV-ViT.
+    """
+    if in_lv_vit_layout(state):
+        return _on_lv_vit(name, state, num_heads=num_heads, img_size=img_size, **options)
     expected = ("pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "head.weight")
     missing = next((key for key in expected if key not in state), None)
     if missing:
@@ -137,6 +144,45 @@ def _load_deit(
     return reduce_tokens(host, name, verify=False, **options)
 
 
+def _on_lv_vit(
+    name: str,
+    state: dict[str, Tensor],
+    *,
+    aux_in_training: bool | None = None,
+    skip_lam: float | None = None,
+    **options: Any,
+) -> ReducedViT:
+    """Load a checkpoint in LV-ViT's layout; DynamicViT trains on class logits alone, as released."""
+    build = {key: options.pop(key) for key in ("num_heads", "img_size")}
+    training = name != "dynamic_vit" if aux_in_training is None else aux_in_training
+    host = load_lv_vit_host(name, state, skip_lam=skip_lam, aux_in_training=training, **build)
+    quarter = len(host.blocks) // 4
+    blocks = {"blocks": (quarter, 2 * quarter, 3 * quarter)}
+    released: dict[str, dict[str, Any]] = {
+        "evit": blocks,
+        "dynamic_vit": blocks | {"token_loss": "divergence"},
+        "idle_vit": {"start_block": quarter, "group_length": quarter, "compared": "active"},
+    }
+    return reduce_tokens(host, name, verify=False, **(released[name] | options))
+
+
+def _load_dynamic_vit(state: dict[str, Tensor], **options: Any) -> ReducedViT:
+    """Load the backbone's keys and the predictors'; one predictor per block in `blocks`."""
+    own = {key: value for key, value in state.items() if key.startswith("score_predictor.")}
+    if not own:
+        raise EvoViTError(
+            "This is not an official dynamic_vit checkpoint: it has no 'score_predictor.' tensors. Load "
+            "another model's weights into its own host and wrap that with evovit.reduce_tokens."
+        )
+    model = _load_deit("dynamic_vit", {key: state[key] for key in state if key not in own}, **options)
+    try:
+        model.method.load_state_dict(own)
+    except RuntimeError as error:
+        count = len(model.method.config.blocks)
+        raise EvoViTError(f"The predictors do not fit the {count} blocks: {error}") from error
+    return model
+
+
 def _checked_heads(num_heads: int | None, width: int) -> int:
     """Return `num_heads`, which no tensor tells; raises `EvoViTError` unless it divides the width."""
     if num_heads is None or num_heads < 1 or width % num_heads:
@@ -156,8 +202,13 @@ def _resize_positions(positions: Tensor, side: int, grid: tuple[int, int]) -> Te
     return torch.cat((positions[:, :1].float(), resized.flatten(2).transpose(1, 2)), dim=1)
 
 
-LOADERS: dict[str, Callable[..., ReducedViT]] = {
+LOADERS: dict[str, Callable[..., nn.Module]] = {
     "evo_vit": _load_evo_vit,
     "evit": partial(_load_deit, "evit"),
     "idle_vit": partial(_load_deit, "idle_vit"),
+    "dynamic_vit": _load_dynamic_vit,
+    "lv_vit": load_lv_vit,
+    "sit": load_sit,
+    "levit": load_levit,
+    "evo_levit": load_evo_levit,
 }

@@ -6,34 +6,36 @@ timed in turn in one process. The scenes are real handwritten digits among fragm
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 
 from evovit.data import Scenes, colours, digit_scenes
-from evovit.errors import EvoViTError, check_choice, check_count
-from evovit.model import reduce_tokens
+from evovit.errors import EvoViTError, check_count
+from evovit.model import ReducedViT
 from evovit.run.benchmark import timed
+from evovit.run.build import SMALL_VIT, check_model
+from evovit.run.config import parse_recipe
+from evovit.run.datasets import TEST_BATCH, TEST_SEED
 from evovit.run.files import write_atomically
 from evovit.run.macs import gmacs_counted
+from evovit.run.recipe import Recipe
+from evovit.run.records import EPOCHS, read_lines
 from evovit.run.report import COLUMNS, Comparison, Result, draw_accuracy_speed, page
 from evovit.run.row import compare
-from evovit.run.small_vit import IMAGE_SIZE, NAME, small_vit
-from evovit.run.train import EVALUATION_BATCH, Recipe, State, top1, train
+from evovit.run.small_vit import IMAGE_SIZE, NAME
+from evovit.run.train_command import train_one
 from evovit.visualize import draw_kept, kept_on_box, kept_patches, patches_on_box
 
-TEST_SEED = 2**40  # above every seed of a training scene
 PICTURES = 10  # test scenes shown
 SPEED_BATCH = {"cpu": 64, "cuda": 512}  # images
 
@@ -42,16 +44,18 @@ def quickstart(
     out: Path = Path("runs/quickstart"),
     seed: int = 0,
     keep_ratio: float = 0.5,
-    epochs: int = Recipe.epochs,
-    scenes_per_epoch: int = Recipe.scenes_per_epoch,
+    epochs: int = 10,
+    scenes_per_epoch: int = 2048,
     test_scenes: int = 2000,
     speed_rounds: int = 60,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
     """Train a small ViT and the same ViT as Evo-ViT from scratch on built-in data, and compare them.
 
+    Given again after an interruption, it goes on where it stopped.
+
     Args:
-        out: folder for results.json, report.html and the pictures.
+        out: folder for results.json, report.html, the pictures and the two runs.
         seed: first weights and training scenes follow from it; the test scenes are always the same.
         keep_ratio: share of the patch tokens that Evo-ViT updates, above 0 and at most 1.
         epochs: rounds of training of each model.
@@ -60,21 +64,26 @@ def quickstart(
         speed_rounds: how often each model is timed; they take turns, and the median counts.
         device: where to compute; auto takes CUDA if there is any.
     """
-    recipe = Recipe(epochs=epochs, scenes_per_epoch=scenes_per_epoch, image_size=IMAGE_SIZE, seed=seed)
-    check_count("seed", seed, 0, 1_000_000)
-    check_count("test_scenes", test_scenes, 1, 1_000_000)
     check_count("speed_rounds", speed_rounds, 1, 10_000)
-    place = _choose_device(device)
-    dense = small_vit(seed).to(place)
-    evo = reduce_tokens(copy.deepcopy(dense), "evo_vit", keep_ratio=keep_ratio, start_block=2, stage_length=3)
-    models: dict[str, nn.Module] = {"dense": dense, "evo_vit": evo}
+    recipes = make_recipes(
+        keep_ratio,
+        {"source": "digits", "batch_size": 32, "scenes": scenes_per_epoch, "test_scenes": test_scenes},
+        {"epochs": epochs, "seed": seed, "device": device, "test_every": max(1, epochs)},
+    )
+    for recipe in recipes.values():
+        check_model(recipe)
     _make_folder(out)
-
-    console = Console()
-    console.print(f"Training two models from scratch on {place}, {recipe.epochs} epochs each.")
-    seconds = {name: _train(name, model, recipe, console) for name, model in models.items()}
-    scenes = _test_scenes(recipe, test_scenes)
-    speed_images = _test_scenes(recipe, SPEED_BATCH[place]).images.to(place)
+    console, models = Console(), dict[str, nn.Module]()
+    console.print(f"Training two models from scratch, {epochs} epochs each.")
+    for name, recipe in recipes.items():
+        console.print(f"{name}:")
+        models[name] = train_one(recipe, out / name, console).eval()
+    records = {name: read_lines(out / name / EPOCHS) for name in models}
+    evo = models["evo_vit"]
+    assert isinstance(evo, ReducedViT)
+    place = next(evo.parameters()).device.type
+    scenes = _test_scenes(test_scenes)
+    speed_images = _test_scenes(SPEED_BATCH[place]).images.to(place)
     times_ms = time_in_turn(models, speed_images, speed_rounds)
 
     def row(name: str, keep_ratio: float) -> Result:
@@ -82,18 +91,18 @@ def quickstart(
             model=NAME,
             method=name,
             keep_ratio=keep_ratio,
-            top1=top1(models[name], scenes),
+            top1=records[name][-1]["top1"],
             gmacs=gmacs_counted(models[name], speed_images.shape[1:]),
             images_per_second=speed_images.shape[0] / _median(times_ms[name]) * 1e3,
-            train_seconds=seconds[name],
+            train_seconds=sum(epoch["train_seconds"] for epoch in records[name]),
             parameters=sum(weight.numel() for weight in models[name].parameters()),
             device=_device_name(place),
             dtype="float32",
             batch_size=speed_images.shape[0],
         )
 
-    batches = torch.split(scenes.images, EVALUATION_BATCH)
-    kept = torch.cat([kept_patches(evo.eval(), images.to(place)).cpu() for images in batches])
+    batches = torch.split(scenes.images, TEST_BATCH)
+    kept = torch.cat([kept_patches(evo, images.to(place)).cpu() for images in batches])
     on_box = patches_on_box(scenes.boxes, (kept.shape[2], kept.shape[3]), (IMAGE_SIZE, IMAGE_SIZE))
     comparison = Comparison(
         results=(row("dense", 1.0), row("evo_vit", keep_ratio)),
@@ -103,6 +112,22 @@ def quickstart(
     )
     _write(out, comparison, Scenes(*(part[:PICTURES] for part in scenes)), kept[:PICTURES])
     _print(console, comparison, out)
+
+
+def make_recipes(keep_ratio: float, data: dict[str, Any], run: dict[str, Any]) -> dict[str, Recipe]:
+    """Return the recipes of both models, alike but for the method; else as recipes/digits/dense.toml."""
+    tables = {
+        "model": {"name": SMALL_VIT},
+        "data": data,
+        "optimizer": {"name": "muon", "beta2": 0.98, "clip_norm": 1.0},
+        "learning_rate": {
+            **{"base": 2e-3, "muon": 0.02, "reference_batch": data["batch_size"]},
+            **{"warm_up_epochs": 0.08 * run["epochs"], "warm_up_start": 0.0, "minimum": 0.0},
+        },
+        "run": run,
+    }
+    method = {"name": "evo_vit", "keep_ratio": keep_ratio, "start_block": 2, "stage_length": 3}
+    return {"dense": parse_recipe(tables), "evo_vit": parse_recipe(tables | {"method": method})}
 
 
 @torch.inference_mode()
@@ -126,13 +151,6 @@ def _forward(model: nn.Module, images: Tensor, _: int) -> object:
     return model(images)
 
 
-def _choose_device(device: str) -> str:
-    check_choice("device", device, ("auto", "cpu", "cuda"))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise EvoViTError("device is 'cuda', but PyTorch finds no CUDA device; use 'auto' or 'cpu'.")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
 def _device_name(place: str) -> str:
     return torch.cuda.get_device_name() if place == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
@@ -148,34 +166,13 @@ def _make_folder(out: Path) -> None:
         raise EvoViTError(f"out is {str(out)!r}, where this user may not write; give another folder.")
 
 
-def _test_scenes(recipe: Recipe, number: int) -> Scenes:
-    return digit_scenes(
-        "test", number, size=recipe.image_size, num_fragments=recipe.num_fragments, seed=TEST_SEED
-    )
+def _test_scenes(number: int) -> Scenes:
+    """Draw the first of the scenes on which the trainings are tested."""
+    return digit_scenes("test", number, size=IMAGE_SIZE, seed=TEST_SEED)
 
 
 def _median(values: list[float]) -> float:
     return float(torch.tensor(values, dtype=torch.float64).quantile(0.5))
-
-
-def _train(name: str, model: nn.Module, recipe: Recipe, console: Console) -> float:
-    """Train with a live bar where there is a terminal, and a line per epoch everywhere; return seconds."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[state]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(name, total=recipe.steps, state="")
-
-        def show(now: State) -> None:
-            state = f"loss {now.loss:.3f}, training top-1 {now.top1:.1f} %"
-            bar.update(task, completed=now.step, state=state)
-            if now.step % recipe.steps_per_epoch == 0:
-                console.print(f"{name}: epoch {now.step // recipe.steps_per_epoch}/{recipe.epochs}, {state}")
-
-        return train(model, recipe, show)
 
 
 def _write(out: Path, comparison: Comparison, shown: Scenes, kept: Tensor) -> None:

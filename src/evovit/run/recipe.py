@@ -65,9 +65,13 @@ class MethodTable(Table):
 class DataTable(Table):
     """Images and what happens to them before the network."""
 
-    source: str = knob(MUST, "digits (built in), a folder of split/class/image, or hfds/NAME (Hugging Face)")
+    source: str = knob(
+        MUST,
+        "digits (built in), a folder of split/class/image, wds/FOLDER (WebDataset shards), or hfds/NAME "
+        "(Hugging Face)",
+    )
     train_split: str = knob(
-        "train", "sub-folder (or .tar file) of the training images; the split's name with hfds"
+        "train", "training images: sub-folder or .tar; part of the shards' names (wds); split (hfds)"
     )
     test_split: str = knob("val", "the same of the test images")
     batch_size: int = knob(MUST, "images per update over all devices: the EFFECTIVE batch", low=1)
@@ -83,6 +87,8 @@ class DataTable(Table):
     erase: float = knob(0.0, "chance of random erasing, per-pixel noise", low=0, high=1)
     mixup: float = knob(0.0, "alpha of mixup; 0: off", low=0)
     cutmix: float = knob(0.0, "alpha of cutmix; 0: off; with both on each is used half of the time", low=0)
+    token_labels: str = knob("", "folder of dense labels (TokenLabeling); empty: patches have the image's")
+    token_label_grid: int = knob(14, "cells of a side of the dense labels: the model's grid", low=1)
     crop_pct: float = knob(0.875, "side of the test crop over the resized shorter side", low=0.1, high=1)
     scenes: int = knob(2048, "digits: training scenes per epoch, drawn anew each", low=1)
     test_scenes: int = knob(2000, "digits: test scenes, always the same", low=1)
@@ -107,6 +113,10 @@ class ObjectiveTable(Table):
     token_distillation: float = knob(
         0.0, "weight of the squared distance to the teacher's patch tokens", low=0
     )
+    token_label_weight: float = knob(
+        0.0, "weight of the loss of every patch token (LV-ViT's token labelling: 1)", low=0
+    )
+    mix_token: bool = knob(False, "MixToken: a box of embedded patches comes from another image")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +132,30 @@ class OptimizerTable(Table):
     adaptive_clip: float = knob(
         0.0, "largest ratio of a unit's gradient norm to its weight norm; 0: off", low=0
     )
+    rate_factors: str = knob(
+        "", "PREFIX=FACTOR words: the rate of parameters so named, times a factor; the host's are model."
+    )
+    freeze_host_epochs: int = knob(0, "first epochs in which the host's rate is 0, the method's not", low=0)
+    frozen: str = knob("", "names of the host's parameters that are not trained, with spaces between")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.factors
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """`rate_factors` by prefix."""
+        pairs = [word.rpartition("=") for word in self.rate_factors.split()]
+        try:
+            factors = {prefix: float(factor) for prefix, _, factor in pairs if prefix}
+        except ValueError:
+            factors = {}
+        if len(factors) != len(pairs) or min(factors.values(), default=1.0) < 0:
+            raise EvoViTError(
+                f"optimizer.rate_factors is {self.rate_factors!r}; give words such as model.=0.01, no factor "
+                "below 0."
+            )
+        return factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +170,7 @@ class LearningRateTable(Table):
     warm_up_epochs: float = knob(5.0, "rise from warm_up_start; may be a fraction", low=0)
     warm_up_start: float = knob(1e-6, "first rate, not scaled", low=0)
     minimum: float = knob(1e-5, "last rate, not scaled", low=0)
+    last_epochs: int = knob(0, "of run.epochs, after the cosine: at the last rate", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -134,10 +134,15 @@ def page(comparison: Comparison, accuracy_speed: Path, kept: Path) -> str:
         paragraph("A patch lies on the digit if its centre lies in the box; means over all test scenes."),
         table(("block", "digit patches kept", "chance", "kept patches on digit", "chance"), blocks),
     ]
+    return html_page("evovit quickstart", parts)
+
+
+def html_page(title: str, parts: Sequence[str]) -> str:
+    """Return one HTML document of parts, which fetches nothing."""
     body = "\n".join(parts)
     return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>evovit quickstart</title>'
-        f"<style>{STYLE}</style></head>\n<body>\n<h1>evovit quickstart</h1>\n{body}\n</body>\n</html>\n"
+        f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{STYLE}</style></head>\n<body>\n<h1>{escape(title)}</h1>\n{body}\n</body>\n</html>\n"
     )
 
 

@@ -20,7 +20,7 @@ from evovit.run.files import write_atomically
 from evovit.run.macs import gmacs
 from evovit.run.recipe import DENSE, Recipe
 from evovit.run.records import EPOCHS, read_lines
-from evovit.run.report import STYLE, heading, paragraph, picture, table
+from evovit.run.report import heading, html_page, paragraph, picture, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -122,16 +122,16 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def as_markdown(rows: Sequence[Sequence[str]]) -> str:
+def as_markdown(rows: Sequence[Sequence[str]], columns: Sequence[str] = COLUMNS) -> str:
     """Return a Markdown table."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+    lines = [columns, ["---"] * len(columns), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def as_csv(rows: Sequence[Sequence[str]]) -> str:
+def as_csv(rows: Sequence[Sequence[str]], columns: Sequence[str] = COLUMNS) -> str:
     """Return the table as CSV."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
     return text.getvalue()
 
 
@@ -143,12 +143,7 @@ def as_html(rows: Sequence[Sequence[str]], curves: Path) -> str:
         heading("Curves"),
         picture(curves, "training loss and top-1 by epoch, a line per run"),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>evovit report</title>'
-        f"<style>{STYLE}</style></head>\n<body>\n<h1>evovit report</h1>\n"
-        + "\n".join(parts)
-        + "\n</body>\n</html>\n"
-    )
+    return html_page("evovit report", parts)
 
 
 def draw_curves(groups: Sequence[Group]) -> Figure:

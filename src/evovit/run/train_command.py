@@ -57,8 +57,8 @@ _what, _arguments = inspect.cleandoc(train.__doc__ or "").split("\n\nArgs:\n")  
 train.__doc__ = f"{_what}\n{describe_knobs()}\n\nArgs:\n{_arguments}"
 
 
-def train_one(recipe: Recipe, folder: Path, console: Console | None = None) -> Path:
-    """Train a recipe in a folder, or go on there; return the folder."""
+def train_one(recipe: Recipe, folder: Path, console: Console | None = None) -> nn.Module:
+    """Train a recipe in a folder, or go on there; return the model as it is then."""
     console = console or Console()
     with join_world(recipe.run.device) as world:
         accumulation(recipe, world)
@@ -78,7 +78,7 @@ def train_one(recipe: Recipe, folder: Path, console: Console | None = None) -> P
                 console.print(f"{folder}: finished; weights in {folder / 'model'}", soft_wrap=True)
             else:
                 console.print(f"{folder}: stopped and saved after update {trainer.update}", soft_wrap=True)
-    return folder
+    return model
 
 
 def prepare(recipe: Recipe, folder: Path, world: World) -> None:

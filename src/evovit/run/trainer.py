@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from evovit.errors import EvoViTError
 from evovit.model import ReducedViT
 from evovit.run import state
-from evovit.run.build import build_objective, build_optimizers, rate_at
+from evovit.run.build import build_objective, build_optimizers, set_rates
 from evovit.run.datasets import Batch, Images
 from evovit.run.evaluate import autocast, evaluate
 from evovit.run.recipe import Recipe
@@ -53,7 +53,7 @@ class Trainer:
         self.total = run.epochs * self.per_epoch
         self.objective = build_objective(recipe, self.model, images.num_classes).to(world.device)
         if run.activation_checkpointing:
-            self.model.set_grad_checkpointing(True)  # type: ignore[operator]
+            self.objective.model.set_grad_checkpointing(True)  # type: ignore[operator]
         self.optimizers = build_optimizers(recipe, self.model)
         self.names = {id(p): name for name, p in self.model.named_parameters()}
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -108,9 +108,7 @@ class Trainer:
     def step(self, epoch: int, batches: Iterator[Batch], stop: bool) -> bool:
         """Do one update, or skip it where loss or gradient is not finite; return whether to stop."""
         start = time.perf_counter()
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate_at(self.recipe, group["peak"], self.update, self.per_epoch)
+        set_rates(self.recipe, self.optimizers, self.update, self.per_epoch)
         terms: dict[str, Tensor] = {}
         for forward in range(self.accumulate):
             images, targets = next(batches)

@@ -1,0 +1,139 @@
+"""Evo-LeViT: slow-fast token evolution on hosts of several stages (Xu et al., AAAI 2022, LeViT as released).
+
+A selection holds to the end of the host's own stage; before the host down-samples, all tokens are back in
+raster order. The trade-off of the global class attention (eq. 4) is learnt, one scalar per attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from evovit.backbones.base import BackboneSpec, Block, Stage
+from evovit.backbones.timm_levit_blocks import LevitEntry, even_cells
+from evovit.errors import EvoViTError, check_choice
+from evovit.methods import register
+from evovit.methods.base import Method, require_class_token
+from evovit.ops.score import attention_column_mean, class_attention, evolve
+from evovit.ops.slow_fast import Waiting, part, rejoin, score_awake
+from evovit.schedule import KeepSchedule, per_block
+from evovit.tokens import QKV, Tokens
+
+Mode = Literal["stage", "layer"]
+Selection = Literal["global", "class", "column_mean"]
+SCORES = {"global": class_attention, "class": class_attention, "column_mean": attention_column_mean}
+
+
+@register("evo_levit")
+class EvoLeViT(Method):
+    """Slow-fast token evolution within each stage of the host; nothing is dropped."""
+
+    keeps_grid = True
+    crosses_stages = True
+    needs_class_token = False  # `selection` decides
+    keep_all: ClassVar = {"keep_ratio": 1.0}
+    example: ClassVar = {"start_block": 1}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Method.Config):
+        """Options of Evo-LeViT; the defaults are the released ones."""
+
+        keep_ratio: float | tuple[float, ...] = 0.5  # of a stage's patch tokens; a number, or one per block
+        start_block: int = 2  # first reducing block, counted from 0 through all stages
+        mode: Mode = "stage"  # one selection per stage, by its first ratio; "layer": before every block
+        learn_trade_off: bool = True  # alpha of eq. 4, one scalar per attention
+        trade_off: float = 0.5  # alpha, the weight of the OLD score, where it is not learnt
+        fast_update: bool = True  # representative token, eq. 5 to 7; False: placeholders wait unchanged
+        selection: Selection = "global"  # "class": no history; "column_mean": hosts without class token
+        switch_at: float | None = None  # share of the training in layer mode with `trade_off`; paper: 2/3
+
+    def __init__(self, config: Config, spec: BackboneSpec) -> None:
+        super().__init__(config, spec)
+        check_choice("selection", config.selection, get_args(Selection))
+        if config.selection != "column_mean":
+            require_class_token(spec, f"selection={config.selection!r}", "'column_mean'")
+        (self.trade_off,) = per_block(config.trade_off, 1, "trade_off", 0.0, 1.0)
+        self.schedule = KeepSchedule.from_block(spec.depth, config.keep_ratio, config.start_block)
+        self.firsts = (0, *accumulate(spec.depths))[:-1]  # the first block of each stage
+        self.learn_tradeoff = nn.ParameterList(nn.Parameter(torch.zeros(1)) for _ in range(spec.depth))
+        self.enter_tradeoff = nn.ParameterList(nn.Parameter(torch.zeros(1)) for _ in self.firsts[1:])
+        self.mode, self.learns = config.mode, config.learn_trade_off
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "mode":
+            check_choice("mode", value, get_args(Mode))
+        super().__setattr__(name, value)
+
+    def begin(self, tokens: Tokens, stages: Sequence[Stage]) -> Tokens:
+        if not all(stage.enter is None or isinstance(stage.enter, LevitEntry) for stage in stages):
+            raise EvoViTError("Evo-LeViT needs a host that down-samples by attention, as LeViT does.")
+        if self.training:  # a trade-off on which no selection depends gets a gradient too, zero
+            idle = torch.stack([p.sum() for p in self.parameters()]).sum() * 0.0
+            tokens = tokens.with_x(tokens.x + idle.to(tokens.x.dtype))
+        return tokens.change(carry=Waiting())
+
+    def run_block(self, block: Block, tokens: Tokens) -> Tokens:
+        number = block.number
+        if self.selects(number):
+            tokens = rejoin(tokens)
+            keep = self.schedule.count(number, tokens.num_cells)
+            if keep is not None:
+                tokens = part(tokens, tokens.carry.score, keep, self.config.fast_update)
+        tokens, qkv = block.attend(tokens)
+        if self.is_read(number):
+            trade_off = self.old_weight(self.learn_tradeoff[number])
+            tokens = score_awake(tokens, self.measure(qkv, tokens.num_prefix), trade_off)
+        return block.ffn(tokens)
+
+    def enter_stage(self, stage: Stage, tokens: Tokens) -> Tokens:
+        if not isinstance(stage.enter, LevitEntry):
+            return tokens
+        tokens, number = rejoin(tokens), stage.blocks[0].number
+        grid, old = tokens.grid, tokens.carry.score
+        tokens, qkv = stage.enter.attend(tokens)
+        if not self.is_read(number - 1):
+            return tokens.change(carry=Waiting())
+        stride = stage.enter.stride
+        new = even_cells(self.measure(qkv, tokens.num_prefix), grid, stride)
+        trade_off = self.old_weight(self.enter_tradeoff[self.firsts.index(number) - 1])
+        score = evolve(even_cells(old, grid, stride), new, trade_off)
+        total = old.sum(-1, keepdim=True)  # stays what it was, so that old and new scores compare
+        return tokens.change(carry=Waiting(score * (total / score.sum(-1, keepdim=True))))
+
+    def finish(self, tokens: Tokens) -> Tokens:
+        return rejoin(tokens)
+
+    def selects(self, number: int) -> bool:
+        """Tell whether tokens are selected anew before block `number`."""
+        first = max(start for start in self.firsts if start <= number)
+        return self.mode == "layer" or number == max(first, self.config.start_block)
+
+    def is_read(self, number: int) -> bool:
+        """Tell whether a later selection reads the score of block `number`."""
+        later = range(number + 1, self.spec.depth)
+        return any(self.selects(n) and self.schedule.ratios[n] < 1 for n in later)
+
+    def measure(self, qkv: QKV, num_prefix: int) -> Tensor:
+        """Return the score of each patch token, (B, N) float32; a gradient flows where it weighs tokens."""
+        score = SCORES[self.config.selection](qkv, num_prefix)
+        return score if self.config.fast_update else score.detach()
+
+    def old_weight(self, learnt: Tensor) -> Tensor | float:
+        """Return alpha of eq. 4; sigmoid(`learnt`) is the weight of the new score, as released."""
+        if self.config.selection != "global":
+            return 0.0
+        return (-learnt.float()).sigmoid() if self.learns else self.trade_off
+
+    def current_config(self) -> Any:
+        return replace(self.config, mode=self.mode, learn_trade_off=self.learns)
+
+    def set_progress(self, fraction: float) -> None:
+        if self.config.switch_at is not None:
+            late = fraction >= self.config.switch_at
+            self.mode = "stage" if late else "layer"
+            self.learns = self.config.learn_trade_off and late

@@ -1,0 +1,146 @@
+"""SiT: slim the patch tokens by soft assignment after a few blocks (Zong et al., ECCV 2022).
+
+Token slimming (TSM) mixes all patch tokens into fewer; prefix tokens pass it by. In training, reverse
+modules (RTSM) bring the tokens after each block back to the full number, where they are compared with those
+of a dense teacher (feature recalibration distillation, FRD). Modules have the official names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from evovit.backbones.base import BackboneSpec, Block, Stage
+from evovit.errors import EvoViTError, check_count
+from evovit.methods import register
+from evovit.methods.base import Method, check_blocks
+from evovit.ops.distance import logit_divergence
+from evovit.schedule import KeepSchedule
+from evovit.tokens import Tokens
+
+
+class Recovered(NamedTuple):
+    """SiT's state beside the tokens, in training."""
+
+    patches: tuple[Tensor, ...] = ()  # (B, N at the start, C) after each block so far
+
+
+class TokenSlimming(nn.Module):
+    """TSM: each of `keep` slots is a mean of all tokens, with weights from a softmax over the tokens."""
+
+    def __init__(self, dim: int, keep: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1, 1, 1))
+        layers = nn.LayerNorm(dim), nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, keep)
+        self.weight = nn.Sequential(*layers)
+
+    def shares(self, patches: Tensor) -> Tensor:
+        """Return the share of each token in each slot, (B, N, K) float32; a slot's shares sum to 1."""
+        logits: Tensor = self.scale * self.weight(patches)
+        return logits.float().softmax(1)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Return (B, K, C) from (B, N, C)."""
+        return self.shares(patches).to(patches.dtype).transpose(1, 2) @ patches
+
+
+class ReverseSlimming(nn.Module):
+    """RTSM: `keep` slots to `whole` tokens, by an MLP along the tokens and one along the channels."""
+
+    def __init__(self, dim: int, keep: int, whole: int) -> None:
+        super().__init__()
+        self.norm1, self.mlp1 = nn.LayerNorm(dim), Mlp(keep, 4 * whole, whole)
+        self.norm2, self.mlp2 = nn.LayerNorm(dim), Mlp(dim, 4 * dim)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Return (B, N, C) from (B, K, C)."""
+        whole = self.mlp1(self.norm1(patches).transpose(1, 2)).transpose(1, 2)
+        return whole + self.mlp2(self.norm2(whole))  # type: ignore[no-any-return]
+
+
+@register("sit")
+class SiT(Method):
+    """Self-slimming: after a few blocks all patch tokens become fewer; none is selected, none is lost."""
+
+    needs_class_token = False
+    learns_from_teacher = True
+    keep_all: ClassVar = {"blocks": ()}
+    example: ClassVar = {"blocks": (1,)}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Method.Config):
+        """Options of SiT; its modules fit one number of patches, so one image size."""
+
+        keep_ratio: float = 0.5  # the j-th slimming leaves int(keep_ratio^j * all patches)
+        blocks: tuple[int, ...] = (2, 5, 8)  # slimming AFTER these, counted from 0; the last block has none
+        token_weight: float = 2.0  # of the distance to the teacher's tokens; 0: no reverse modules
+        logit_weight: float = 2.0  # of the divergence from the teacher's logits
+        temperature: float = 1.0  # of these logits
+
+    def __init__(self, config: Config, spec: BackboneSpec) -> None:
+        super().__init__(config, spec)
+        check_blocks(config.blocks, spec.depth)
+        for number in config.blocks:
+            check_count("blocks", number, 0, spec.depth - 2, "nothing reads what the last block would slim")
+        if min(config.token_weight, config.logit_weight) < 0 or config.temperature <= 0:
+            raise EvoViTError(
+                f"token_weight {config.token_weight}, logit_weight {config.logit_weight} and temperature "
+                f"{config.temperature} are given; allowed are weights of 0 or more, a temperature above 0."
+            )
+        self.keeps_places = not config.blocks
+        self.learns_from_teacher = self.reads_teacher_trace = config.token_weight > 0
+        self.needs_teacher = self.reads_teacher_trace and bool(config.blocks)
+        dim, whole = spec.dims[0], math.prod(spec.grid)
+        schedule = KeepSchedule.at_blocks(spec.depth, config.keep_ratio, config.blocks)
+        counts = [whole, *(schedule.count(number, whole) or whole for number in config.blocks)]
+        self.tsm = nn.ModuleList(TokenSlimming(dim, keep) for keep in counts[1:])
+        self.rtsm = nn.ModuleList()  # one for each block; nothing to reverse before the first slimming
+        for number in range(spec.depth if config.token_weight > 0 else 0):
+            past = sum(block <= number for block in config.blocks)
+            self.rtsm.append(ReverseSlimming(dim, counts[past], whole) if past else nn.Identity())
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def begin(self, tokens: Tokens, stages: Sequence[Stage]) -> Tokens:
+        if tokens.grid != self.spec.grid:
+            raise EvoViTError(
+                f"SiT's modules are made for a grid of {self.spec.grid[0]} x {self.spec.grid[1]} patches and "
+                f"these images have {tokens.grid[0]} x {tokens.grid[1]}; wrap a host of this image size."
+            )
+        return tokens.change(carry=Recovered())
+
+    def run_block(self, block: Block, tokens: Tokens) -> Tokens:
+        tokens = block(tokens)
+        if block.number in self.config.blocks:
+            tokens = self.slim(tokens, self.config.blocks.index(block.number))
+        if self.training and self.config.token_weight > 0:
+            whole = self.rtsm[block.number](tokens.patches)
+            tokens = tokens.change(carry=Recovered((*tokens.carry.patches, whole)))
+        return tokens
+
+    def slim(self, tokens: Tokens, place: int) -> Tokens:
+        """Return prefix and slots, in learnt order; a slot has no place of its own (index -1)."""
+        patches = self.tsm[place](tokens.patches)
+        index = tokens.index.new_full(patches.shape[:2], -1)
+        return tokens.change(x=torch.cat((tokens.prefix, patches), dim=1), index=index)
+
+    def losses(self, outputs: Any, teacher: Any) -> dict[str, Tensor]:
+        config = self.config
+        terms: dict[str, Tensor] = {}
+        if teacher is not None and outputs.tokens.carry.patches:
+            pairs = zip(outputs.tokens.carry.patches, teacher.trace, strict=True)
+            # written out: compiled, the gradient of mse_loss takes transposed tokens for contiguous
+            distances = [(ours.float() - theirs.float()).square().mean() for ours, theirs in pairs]
+            terms["frd_tokens"] = config.token_weight * torch.stack(distances).mean()
+        if teacher is not None and config.logit_weight > 0:
+            divergence = logit_divergence(outputs.logits, teacher.logits, config.temperature)
+            terms["frd_logits"] = config.logit_weight * divergence
+        return terms

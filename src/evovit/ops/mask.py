@@ -1,0 +1,57 @@
+"""Masked training: tokens stay in place, but those masked out influence no other (DynamicViT, section 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from evovit.tokens import QKV
+
+
+def masked_softmax(logits: Tensor, mask: Tensor, eps: float = 1e-6) -> Tensor:
+    """Return attention weights in which masked keys count for nothing, except to themselves (eq. 11).
+
+    The mask multiplies the exponentials, so that it has a gradient at 0 too.
+
+    Args:
+        logits: (B, H, T, T).
+        mask: (B, T) 1 where a token takes part, with gradient.
+        eps: of the released code, which spreads it over the row: with a mask of ones nearly the softmax.
+
+    Returns:
+        (B, H, T, T) float32.
+    """
+    logits, mask = logits.float(), mask.float()[:, None, None, :]  # (B, 1, 1, T)
+    itself = torch.eye(logits.shape[-1], device=logits.device)
+    allowed = mask + (1 - mask) * itself  # (B, 1, T, T)
+    weight = (logits - logits.amax(-1, keepdim=True)).exp() * allowed
+    return (weight + eps / logits.shape[-1]) / (weight.sum(-1, keepdim=True) + eps)
+
+
+def masked_attention(qkv: QKV, bias: Tensor | None, mask: Tensor) -> Tensor:
+    """Return values mixed by `masked_softmax`, (B, H, T, D); see `backbones.base.Mix`.
+
+    Args:
+        mask: (B, T) 1 where a token takes part.
+    """
+    logits = (qkv.q * qkv.scale) @ qkv.k.transpose(-2, -1)
+    logits = logits if bias is None else logits + bias
+    return masked_softmax(logits, mask).to(qkv.v.dtype) @ qkv.v
+
+
+def gumbel_noise(like: Tensor) -> Tensor:
+    """Return standard Gumbel noise of the shape of `like`, float32, drawn afresh."""
+    return -torch.empty_like(like, dtype=torch.float32).exponential_().log()
+
+
+def gumbel_keep(log_p: Tensor, noise: Tensor) -> Tensor:
+    """Return a sampled decision per token, (B, N) float32: 1 keep, 0 drop; straight-through, temperature 1.
+
+    Args:
+        log_p: (B, N, 2) float32 log-probabilities of keep and drop.
+        noise: the same shape, from `gumbel_noise`.
+    """
+    noisy = log_p + noise
+    soft = noisy.softmax(-1)[..., 0]
+    hard = (noisy[..., 0] >= noisy[..., 1]).to(soft.dtype)
+    return hard + (soft - soft.detach())  # the value of `hard`, the gradient of `soft`

@@ -1,0 +1,68 @@
+"""Slow-fast token evolution between blocks (Evo-ViT, eq. 4 to 7): who goes on, who waits, how they rejoin."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from evovit.ops.score import evolve
+from evovit.ops.select import Split, put, split_top, take, with_prefix
+from evovit.ops.update import representative
+from evovit.tokens import Tokens
+
+
+class Waiting(NamedTuple):
+    """Evo-ViT's state beside the tokens; all but `score` while placeholders wait."""
+
+    score: Tensor | None = None  # (B, N) float32, score of every patch token present
+    split: Split | None = None  # who is awake
+    awake: Tensor | None = None  # (B, K) float32, score of the awake
+    before: Tokens | None = None  # all tokens as the stage found them
+    summary: Tensor | None = None  # (B, 1, C), the representative token as the stage found it
+
+
+def part(tokens: Tokens, score: Tensor, keep: int, summarise: bool) -> Tokens:
+    """Let the `keep` best patch tokens go on, in raster order; the placeholders wait.
+
+    Args:
+        score: (B, N) float32.
+        summarise: append the representative token of the placeholders (eq. 5), index -1.
+    """
+    split = split_top(score, keep)
+    x = take(tokens.x, with_prefix(split.rows, tokens.num_prefix))
+    index, summary = take(tokens.index, split.rows), None
+    if summarise:
+        summary = representative(tokens.patches, score, split.kept)
+        x, index = torch.cat((x, summary), 1), F.pad(index, (0, 1), value=-1)
+    awake = take(score, split.rows)
+    return tokens.change(x=x, index=index, carry=Waiting(score, split, awake, tokens, summary))
+
+
+def score_awake(tokens: Tokens, new: Tensor, trade_off: float | Tensor) -> Tokens:
+    """Evolve the score of those who took part (eq. 4); the first score is taken as it is.
+
+    Args:
+        new: (B, N) float32, score of every patch token of the block; the representative token's is dropped.
+        trade_off: weight of the old score, a number or a tensor of one.
+    """
+    state: Waiting = tokens.carry
+    if state.awake is None:
+        return tokens.change(carry=state._replace(score=evolve(state.score, new, trade_off)))
+    awake = evolve(state.awake, new[:, : state.awake.shape[1]], trade_off)
+    return tokens.change(carry=state._replace(awake=awake))
+
+
+def rejoin(tokens: Tokens) -> Tokens:
+    """Put everyone back in raster order; placeholders take the representative token's change (eq. 7)."""
+    state, num_prefix = tokens.carry, tokens.num_prefix
+    if state.split is None:
+        return tokens
+    x, count = state.before.x, num_prefix + state.awake.shape[1]
+    if state.summary is not None:
+        x = x + (tokens.x[:, count:] - state.summary)
+    x = put(x, with_prefix(state.split.rows, num_prefix), tokens.x[:, :count])
+    score = put(state.score, state.split.rows, state.awake)
+    return tokens.change(x=x, index=state.before.index, carry=Waiting(score))

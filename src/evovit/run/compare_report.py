@@ -1,0 +1,144 @@
+"""What a comparison leaves behind: a table as Markdown, CSV and HTML, accuracy plots and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor, nn
+
+from evovit.model import ReducedViT
+from evovit.run.files import write_atomically
+from evovit.run.report import heading, html_page, paragraph, picture, table
+from evovit.run.row import Row
+from evovit.run.runs_report import as_csv, as_markdown, spread
+from evovit.visualize import draw_side_by_side, kept_patches
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMNS = ("run", "method", "GMACs", "ceiling", "speed-up", "top-1 % before", "top-1 % after", "of dense")
+
+
+@dataclass
+class Standing:
+    """What was found about one contestant."""
+
+    name: str
+    method: str  # with its options
+    model: nn.Module  # of the last seed, trained
+    before: list[float]  # top-1 % per seed, as it starts: the dense weights, the method, no training
+    after: list[float]  # top-1 % per seed, after its training
+    row: Row | None = None  # its speed
+
+    @property
+    def timed(self) -> Row:
+        """Its speed, measured."""
+        assert self.row is not None
+        return self.row
+
+    def cells(self, dense: Standing) -> list[str]:
+        """Return the row, one cell per `COLUMNS`; differences to dense are per seed."""
+        row, differences = self.timed, [a - b for a, b in zip(self.after, dense.after, strict=True)]
+        fast = f"{row.speedup:.2f}x ± {row.noise:.1%}" if row.noise is not None else "1"
+        return [
+            self.name,
+            self.method,
+            f"{row.gmacs:.4f}",
+            f"{row.mac_ratio:.2f}",
+            fast,
+            spread(self.before),
+            spread(self.after),
+            "" if self is dense else signed(differences),
+        ]
+
+
+def signed(values: Sequence[float]) -> str:
+    """Return the mean with its sign, and the standard deviation where there are several."""
+    return f"{mean(values):+.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+class Shown(NamedTuple):
+    """Test images for the pictures."""
+
+    images: Tensor  # (n, 3, height, width), normalised, as the models take them
+    colours: Tensor  # the same in [0, 1]
+    titles: list[str]
+
+
+def write_report(out: Path, found: Sequence[Standing], shown: Shown) -> str:
+    """Write compare.md, .csv, .html and the pictures; return what to print.
+
+    Args:
+        found: the dense model first, all timed.
+    """
+    rows = [each.cells(found[0]) for each in found]
+    markdown = as_markdown(rows, COLUMNS)
+    pictures = {
+        "accuracy.png": draw_accuracy(found),
+        "kept.png": draw_kept_side_by_side(found, shown),
+    }
+    for name, figure in pictures.items():
+        write_atomically(out / name, partial(figure.savefig, format="png", dpi=110))
+    texts = {
+        "compare.md": markdown,
+        "compare.csv": as_csv(rows, COLUMNS),
+        "compare.html": _page(out, found, rows),
+    }
+    for name, text in texts.items():
+        write_atomically(out / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))  # type: ignore[misc]
+    notes = "".join(f"note: {note}\n" for note in found[0].timed.notes)
+    return f"{markdown}\n{notes}{out / 'compare.html'} written"
+
+
+def _page(out: Path, found: Sequence[Standing], rows: Sequence[Sequence[str]]) -> str:
+    row, seeds = found[0].timed, len(found[0].after)
+    body = [
+        paragraph(
+            f"Each model starts from the dense weights and is trained alike; {seeds} "
+            f"seed{'s' if seeds > 1 else ''}, mean ± standard deviation; 'of dense' is the difference to the "
+            "dense model trained as long, seed by seed. 'Before' is the method on the dense weights."
+        ),
+        table(COLUMNS, rows),
+        paragraph(
+            f"Speed: {row.device}, {row.types}, batch {row.batch}, {row.mode}, {row.threads} threads, "
+            f"{row.rounds} rounds in turn; the ceiling is the ratio of multiply-accumulates."
+        ),
+        *(paragraph(f"Note: {note}.") for note in row.notes),
+        picture(out / "accuracy.png", "accuracy against multiply-accumulates and against measured speed"),
+        heading("What the last block sees"),
+        paragraph(
+            "Patches that take part in the last block are bright. Slots without a place are not shown."
+        ),
+        picture(out / "kept.png", "kept patches of the last block, a column per method"),
+    ]
+    return html_page("evovit compare", body)
+
+
+def draw_accuracy(found: Sequence[Standing]) -> Figure:
+    """Draw accuracy against GMACs and against images per second; bars are standard deviations."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for axes, label in zip(figure.subplots(1, 2), ("GMACs", "images per second"), strict=True):
+        for each in found:
+            row = each.timed
+            x = row.gmacs if label == "GMACs" else row.images_per_second
+            bar = stdev(each.after) if len(each.after) > 1 else None
+            axes.errorbar(x, mean(each.after), yerr=bar, fmt="o", capsize=3, label=each.name)
+        axes.set(xlabel=label, ylabel="top-1, %")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def draw_kept_side_by_side(found: Sequence[Standing], shown: Shown) -> Figure:
+    """Draw a row per image, a column per reduced model: the patches in its last block."""
+    reduced = [(each.name, each.model) for each in found if isinstance(each.model, ReducedViT)]
+    device = next(found[0].model.parameters()).device
+    kept = {name: kept_patches(model, shown.images.to(device))[:, -1] for name, model in reduced}
+    return draw_side_by_side(shown.colours, kept, shown.titles)

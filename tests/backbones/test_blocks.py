@@ -1,0 +1,89 @@
+"""What every block view promises a method: attention may be replaced, and scored before it is projected."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import timm
+import torch
+
+import evovit
+from evovit.backbones import Backbone, adapt
+from evovit.methods import find_method
+from evovit.ops.mask import masked_attention
+from evovit.ops.select import take, take_qkv, with_prefix
+from evovit.tokens import Tokens
+from tests.conftest import HOSTS, disturb, make_host, pictures
+from tests.parity import assert_close
+
+
+def second_block(name: str) -> tuple[Backbone, Tokens]:
+    """Return a tiny host's view and what enters its blocks; "levit" has position biases and wide values."""
+    if name != "levit":
+        backbone, images = adapt(make_host(name)), pictures()
+    else:
+        host = disturb(timm.create_model("levit_128s", img_size=64, num_classes=5), 0.1).eval()
+        backbone, images = adapt(host), pictures(size=64)
+    with torch.no_grad():
+        return backbone, backbone.embed(images)
+
+
+@pytest.mark.parametrize("host", [*HOSTS, "levit"])
+def test_a_mask_of_ones_in_place_of_fused_attention_changes_nothing(host: str) -> None:
+    """Also beside a method's bias; the host's own position bias is in what `mix` is given."""
+    backbone, tokens = second_block(host)
+    block = backbone.stages()[0].blocks[1]
+    mix = partial(masked_attention, mask=torch.ones(tokens.x.shape[:2]))
+    with torch.no_grad():
+        qkv = block.qkv(tokens)
+        for bias in (None, torch.randn(2, 1, 1, tokens.x.shape[1])):
+            expected = block.attention(tokens, qkv, bias)
+            assert_close(block.attention(tokens, qkv, bias, mix).x, expected.x)
+        assert not torch.allclose(expected.x, block.attention(tokens, qkv).x)
+
+
+@pytest.mark.parametrize("host", [*HOSTS, "levit"])
+def test_a_glance_and_a_focus_are_rows_of_the_whole_attention_input(host: str) -> None:
+    """Keys of all, queries of the prefix; then everything of the chosen rows: on every kind of block."""
+    backbone, tokens = second_block(host)
+    with torch.no_grad():
+        block = backbone.stages()[0].blocks[1]
+        whole, seen = block.qkv(tokens), block.glance(tokens)
+        prefix = tokens.num_prefix
+        assert_close(seen.k, whole.k)
+        if prefix:
+            assert_close(seen.q[:, :, :prefix], whole.q[:, :, :prefix])
+        patches = torch.tensor([[0, 3, 7, 11], [1, 2, 14, 15]])
+        rows = with_prefix(patches, prefix)
+        active = tokens.change(x=take(tokens.x, rows), index=take(tokens.index, patches))
+        expected, ours = take_qkv(whole, rows), block.focus(active, seen, rows)
+    for name in ("q", "k", "v"):
+        assert_close(getattr(ours, name), getattr(expected, name))
+    assert (ours.side is None) == (expected.side is None)
+    if ours.side is not None:
+        assert_close(ours.side, expected.side)
+
+
+def test_attention_dropout_has_no_place_in_a_method_that_mixes_itself() -> None:
+    host = make_host("vit")
+    host.blocks[0].attn.attn_drop.p = 0.1
+    reduced = evovit.reduce_tokens(host, "dynamic_vit", blocks=(1,)).train()
+    with pytest.raises(evovit.EvoViTError, match="attention dropout of 0.1; create the host without"):
+        reduced(pictures())
+    reduced.eval()(pictures())
+
+
+@pytest.mark.parametrize("method", evovit.list_methods())
+@pytest.mark.parametrize("host", ["vit", "vit_avg", "dinov2_reg", "lv_vit"])
+def test_features_are_what_the_head_read(method: str, host: str) -> None:
+    model = make_host(host)
+    reduced = evovit.reduce_tokens(model, method, **find_method(method).example)
+    with torch.no_grad():
+        outputs = reduced.run(pictures())
+        assert torch.equal(adapt(model).head(outputs.features), outputs.logits)
+        assert outputs.token_logits is None and outputs.class_logits is None
+        if host == "lv_vit":
+            outputs = reduced.train().run(pictures())
+            best = outputs.token_logits.amax(1)
+            assert_close(outputs.class_logits + 0.5 * best, outputs.logits)
