@@ -10,12 +10,13 @@ import pytest
 import evovit
 from evovit.methods import find_method
 from evovit.run import trainer
-from evovit.run.config import parse_recipe
+from evovit.run.config import parse_recipe, read_recipe
 from evovit.run.recipe import Recipe
 from tests.run.processes import finish, losses, outcome, start_world, train_here
 
 pytestmark = pytest.mark.slow
 METHODS = evovit.list_methods()
+DIGITS = Path(__file__).parents[2] / "recipes" / "digits"
 
 
 def recipe_for(method: str | None, teacher: Path | None = None) -> Recipe:
@@ -50,6 +51,16 @@ def test_trains_on_two_processes(method: str, teacher: Path, tmp_path: Path) -> 
     assert finish(*start_world(recipe_for(method, teacher), tmp_path / "run", 2)) == [0, 0]
     found = losses(tmp_path / "run")
     assert len(found) == 8 and all(map(math.isfinite, found))
+
+
+@pytest.mark.parametrize("name", ["evo_levit", "levit"])
+def test_hosts_of_several_stages_train_on_two_processes(name: str, tmp_path: Path) -> None:
+    """No parameter is left without a gradient, in layer mode, at the switch and in stage mode."""
+    short = ("data.scenes=64", "data.test_scenes=20", "data.batch_size=16", "run.epochs=3", "run.device=cpu")
+    recipe = read_recipe(DIGITS / f"{name}.toml", short)
+    assert finish(*start_world(recipe, tmp_path / "run", 2)) == [0, 0]
+    found = losses(tmp_path / "run")
+    assert len(found) == 12 and all(map(math.isfinite, found))
 
 
 @pytest.mark.parametrize("method", METHODS)
