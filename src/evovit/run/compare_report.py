@@ -125,11 +125,12 @@ def draw_accuracy(found: Sequence[Standing]) -> Figure:
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, label in zip(figure.subplots(1, 2), ("GMACs", "images per second"), strict=True):
-        for each in found:
+        for number, each in enumerate(found):
             row = each.timed
             x = row.gmacs if label == "GMACs" else row.images_per_second
             bar = stdev(each.after) if len(each.after) > 1 else None
-            axes.errorbar(x, mean(each.after), yerr=bar, fmt="o", capsize=3, label=each.name)
+            look = {"color": "black", "fmt": "s"} if number == 0 else {"color": f"C{number % 10}", "fmt": "o"}
+            axes.errorbar(x, mean(each.after), yerr=bar, capsize=3, label=each.name, **look)
         axes.set(xlabel=label, ylabel="top-1, %")
         axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
