@@ -38,6 +38,7 @@ Model road: image -> tokens -> score -> select -> update -> head
   methods.subsample               pooling and convolution, for comparison
   model                           ReducedViT, the loop; reduce_tokens, the door
   models                          named models, also in timm's registry
+  models.named                    what named models share
   models.evo_deit                 Evo-DeiT, as released
   models.levit_cls                the dense host of Evo-LeViT
   models.evo_levit                Evo-LeViT, as released
@@ -51,6 +52,7 @@ Run road: recipe -> numbers
   run                             everything below
   run.files                       reading weights safely, writing files whole
   run.checkpoint                  save_reduced, load_reduced
+  run.official_size               the image size of an official checkpoint
   run.official_lv_vit             official checkpoints in LV-ViT's layout
   run.official                    load_official: checkpoints of the official implementations
   run.official_levit              those of LeViT and Evo-LeViT

@@ -167,6 +167,11 @@ class ReducedViT(nn.Module):
         return self.pretrained_cfg
 
 
+def backbone_of(model: nn.Module) -> Backbone:
+    """Return the view of a host, or of a reduced model's host."""
+    return adapt(model.model if isinstance(model, ReducedViT) else model)
+
+
 def reduce_tokens(
     model: nn.Module, method: str | Method.Config = "evo_vit", *, verify: bool = True, **options: Any
 ) -> ReducedViT:

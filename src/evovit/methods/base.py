@@ -102,6 +102,16 @@ class Method(nn.Module, ABC):
         self.schedule = self.full_schedule if share == 1 else replace(self.full_schedule, ratios=ratios)
 
 
+class Dense(Method):
+    """No reduction: a host run through its views. No name in the registry."""
+
+    needs_class_token = False
+    crosses_stages = True
+
+    def run_block(self, block: Block, tokens: Tokens) -> Tokens:
+        return block(tokens)
+
+
 def require_class_token(spec: BackboneSpec, what: str, instead: str) -> None:
     """Raise `EvoViTError` where the host has no class token; `instead` is what to choose."""
     if not spec.has_class_token:

@@ -6,18 +6,16 @@ are the released code's: no representative token, no score history before the fi
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 
 from evovit.backbones import adapt
-from evovit.errors import EvoViTError
 from evovit.methods import build_config
 from evovit.methods.evo_vit import EvoViT
 from evovit.model import ReducedViT
+from evovit.models.named import imagenet_cfg, own_options, split_options
 
 __all__: list[str] = []  # timm's registry adds the entry points
 
@@ -35,33 +33,20 @@ def build_evo_deit(
     *, img_size: int | tuple[int, int], embed_dim: int, num_heads: int, **kwargs: Any
 ) -> ReducedViT:
     """Build an Evo-DeiT; options of `EvoViT.Config` go to the method, others to the `VisionTransformer`."""
-    given = {f.name: kwargs.pop(f.name) for f in fields(EvoViT.Config) if f.name in kwargs}
+    given, kwargs = split_options(EvoViT, kwargs)
     host = VisionTransformer(
         img_size=img_size, embed_dim=embed_dim, num_heads=num_heads, **({"global_pool": "avg"} | kwargs)
     )
-    host.pretrained_cfg = {
-        "input_size": (host.in_chans, *host.patch_embed.img_size),
-        "num_classes": host.num_classes,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "interpolation": "bicubic",
-        "crop_pct": 0.875,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-    }
+    shape = (host.in_chans, *host.patch_embed.img_size)
+    host.pretrained_cfg = imagenet_cfg(host, shape, first_conv="patch_embed.proj", classifier="head")
     spec = adapt(host).spec
     options = released_options(spec.depth, given.get("start_block", EvoViT.Config.start_block)) | given
     return ReducedViT(host, EvoViT(build_config(EvoViT, options), spec))
 
 
 def _named(size: int, dim: int, heads: int, pretrained: bool, kwargs: dict[str, Any]) -> ReducedViT:
-    if pretrained:
-        raise EvoViTError(
-            "No Evo-DeiT weights are hosted; download the authors' checkpoint and use "
-            "evovit.load_official('evo_vit', path, num_heads=...), or create the model with pretrained=False."
-        )
-    for unused in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_model_args"):
-        kwargs.pop(unused, None)
+    call = "load_official('evo_vit', path, num_heads=...)"
+    kwargs = own_options(pretrained, kwargs, "Evo-DeiT weights", call)
     return build_evo_deit(**({"img_size": size, "embed_dim": dim, "num_heads": heads} | kwargs))
 
 

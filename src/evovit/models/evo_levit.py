@@ -6,7 +6,6 @@ class token. Accuracies are the published ones, GMACs those of evaluation.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 from timm.models import register_model
@@ -16,13 +15,14 @@ from evovit.methods import build_config
 from evovit.methods.evo_levit import EvoLeViT
 from evovit.model import ReducedViT
 from evovit.models.levit_cls import build_levit_cls
+from evovit.models.named import split_options
 
 __all__: list[str] = []  # timm's registry adds the entry points
 
 
 def _named(size: str, pixels: int, pretrained: bool, kwargs: dict[str, Any]) -> ReducedViT:
     """Build an Evo-LeViT; options of `EvoLeViT.Config` go to the method, others to `LevitCls`."""
-    options = {f.name: kwargs.pop(f.name) for f in fields(EvoLeViT.Config) if f.name in kwargs}
+    options, kwargs = split_options(EvoLeViT, kwargs)
     host = build_levit_cls(size, pretrained, {"img_size": pixels} | kwargs)
     return ReducedViT(host, EvoLeViT(build_config(EvoLeViT, options), adapt(host).spec))
 

@@ -11,13 +11,14 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath
 from timm.models import checkpoint_seq, register_model
 from timm.models.levit import LevitMlp, LinearNorm, NormLinear, Stem8, Stem16
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from evovit.errors import EvoViTError, check_choice
+from evovit.models.named import imagenet_cfg, own_options
 
 __all__: list[str] = []  # timm's registry adds the entry points
 
@@ -32,10 +33,8 @@ SIZES: dict[str, dict[str, Any]] = {  # as published
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return values mixed by attention, (B, Q, H * value width), from (B, H, Q or T, width) each."""
-    weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
-    mixed: Tensor = weights @ v
-    return mixed.transpose(1, 2).flatten(2)
+    """Return values mixed by fused attention, (B, Q, H * value width), from (B, H, Q or T, width) each."""
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def projection(width: int, dim: int, first_scale: float) -> nn.Sequential:
@@ -49,12 +48,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, key_dim: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads, self.key_dim, self.val_dim, self.scale = (
-            num_heads,
-            key_dim,
-            2 * key_dim,
-            key_dim**-0.5,
-        )
+        self.num_heads, self.scale = num_heads, key_dim**-0.5
+        self.key_dim, self.val_dim = key_dim, 2 * key_dim
         self.qkv = LinearNorm(dim, num_heads * (2 * key_dim + self.val_dim))
         self.proj = projection(num_heads * self.val_dim, dim, 0.0)
 
@@ -86,12 +81,8 @@ class AttentionDownsample(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, key_dim: int, grid: tuple[int, int]) -> None:
         super().__init__()
         num_heads = in_dim // key_dim
-        self.num_heads, self.key_dim, self.val_dim, self.scale = (
-            num_heads,
-            key_dim,
-            4 * key_dim,
-            key_dim**-0.5,
-        )
+        self.num_heads, self.scale = num_heads, key_dim**-0.5
+        self.key_dim, self.val_dim = key_dim, 4 * key_dim
         self.grid = grid
         self.pos_embed = nn.Parameter(torch.zeros(1, grid[0] * grid[1] + 1, in_dim))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -181,16 +172,9 @@ class LevitCls(nn.Module):
         self.distilled, self.class_heads = distilled, class_heads
         self.predicting = ("head", "head_dist") if distilled else ("head",)
         self.reset_classifier(num_classes)
-        self.pretrained_cfg = {
-            "input_size": (in_chans, height, width),
-            "num_classes": num_classes,
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-            "interpolation": "bicubic",
-            "crop_pct": 0.875,
-            "first_conv": "stem.conv1.linear",
-            "classifier": self.predicting,
-        }
+        self.pretrained_cfg = imagenet_cfg(
+            self, (in_chans, height, width), first_conv="stem.conv1.linear", classifier=self.predicting
+        )
 
     def embed(self, images: Tensor) -> Tensor:
         """Return class token and patch tokens (B, 1 + N, C) with positions."""
@@ -252,13 +236,8 @@ class LevitCls(nn.Module):
 
 def build_levit_cls(size: str, pretrained: bool, kwargs: dict[str, Any]) -> LevitCls:
     """Build a host of a published size; `kwargs` are of `LevitCls` and what timm's registry adds."""
-    if pretrained:
-        raise EvoViTError(
-            "No weights of LeViT with a class token are hosted; download the authors' Evo-LeViT checkpoint "
-            "and use evovit.load_official('evo_levit', path), or create the model with pretrained=False."
-        )
-    for unused in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_model_args"):
-        kwargs.pop(unused, None)
+    what, call = "weights of LeViT with a class token", "load_official('evo_levit', path)"
+    kwargs = own_options(pretrained, kwargs, what, call)
     return LevitCls(**(SIZES[size] | kwargs))
 
 

@@ -9,17 +9,16 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import register_model
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from evovit.errors import EvoViTError, check_choice
+from evovit.models.named import imagenet_cfg, own_options
 
 __all__: list[str] = []  # timm's registry adds the entry points
 
 STEMS = ("4_2", "4c", "6c")  # the official names
-REGISTRY_ONLY = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_model_args")
 
 
 def stem_layers(stem: str, embed_dim: int, width: int) -> tuple[tuple[int, int, int], ...]:
@@ -204,22 +203,11 @@ class LVViT(VisionTransformer):  # type: ignore[misc]
 
 def build_lv_vit(crop_pct: float, pretrained: bool, **options: Any) -> LVViT:
     """Build a named host with random weights; raises `EvoViTError` if published ones are asked for."""
-    if pretrained:
-        raise EvoViTError(
-            "No weights of LV-ViT or SiT are hosted; download the authors' checkpoint and use "
-            "evovit.load_official('lv_vit', path), or create the model with pretrained=False."
-        )
-    model = LVViT(**{key: value for key, value in options.items() if key not in REGISTRY_ONLY})
-    model.pretrained_cfg = model.default_cfg = {
-        "input_size": (model.in_chans, *model.patch_embed.img_size),
-        "num_classes": model.num_classes,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "interpolation": "bicubic",
-        "crop_pct": crop_pct,
-        "first_conv": "patch_embed.conv1",
-        "classifier": ("head", "aux_head"),
-    }
+    what, call = "weights of LV-ViT or SiT", "load_official('lv_vit', path)"
+    model = LVViT(**own_options(pretrained, options, what, call))
+    shape = (model.in_chans, *model.patch_embed.img_size)
+    names = {"first_conv": "patch_embed.conv1", "classifier": ("head", "aux_head")}
+    model.pretrained_cfg = model.default_cfg = imagenet_cfg(model, shape, crop_pct=crop_pct, **names)
     return model
 
 

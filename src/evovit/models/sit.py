@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 from timm.models import register_model
@@ -16,6 +15,7 @@ from evovit.methods import build_config
 from evovit.methods.sit import SiT
 from evovit.model import ReducedViT
 from evovit.models.lv_vit import LVViT, build_lv_vit
+from evovit.models.named import split_options
 
 __all__: list[str] = []  # timm's registry adds the entry points
 
@@ -29,7 +29,7 @@ def build_sit(
     host: Callable[..., LVViT], blocks: tuple[int, ...], pretrained: bool, kwargs: dict[str, Any]
 ) -> ReducedViT:
     """Build a SiT; options of `SiT.Config` go to the method, others to the host."""
-    given = {f.name: kwargs.pop(f.name) for f in fields(SiT.Config) if f.name in kwargs}
+    given, kwargs = split_options(SiT, kwargs)
     model = host(pretrained, **kwargs)
     return ReducedViT(model, SiT(build_config(SiT, {"blocks": blocks} | given), adapt(model).spec))
 

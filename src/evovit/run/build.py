@@ -13,10 +13,9 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from evovit.backbones import adapt
 from evovit.data import MEAN, NUM_CLASSES, STD
 from evovit.errors import EvoViTError
-from evovit.model import ReducedViT, reduce_tokens
+from evovit.model import ReducedViT, backbone_of, reduce_tokens
 from evovit.run.config import read_recipe
 from evovit.run.files import read_state_dict
 from evovit.run.objective import Objective
@@ -78,7 +77,7 @@ def check_model(recipe: Recipe) -> tuple[int, Colours]:
 
 def image_side(model: nn.Module) -> int:
     """Return the side of the square images a model was built for, in pixels."""
-    height, width = adapt(model.model if isinstance(model, ReducedViT) else model).image_shape[1:]
+    height, width = backbone_of(model).image_shape[1:]
     if height != width:
         raise EvoViTError(
             f"The model is for images of {height} x {width} pixels; only squares can be trained."
@@ -129,7 +128,7 @@ def build_objective(recipe: Recipe, model: nn.Module, num_classes: int, *, weigh
     )
     objective = Objective(model, goal, teacher, (std / other_std, (mean - other_mean) / other_std))
     if goal.token_distillation and isinstance(model, ReducedViT):
-        ours, other = (adapt(m.model if isinstance(m, ReducedViT) else m).spec for m in (model, teacher))
+        ours, other = (backbone_of(m).spec for m in (model, teacher))
         if (ours.grid, ours.dims) != (other.grid, other.dims):
             raise EvoViTError(
                 f"token_distillation compares token by token, but the teacher has {other.grid} of width "

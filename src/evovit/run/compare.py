@@ -10,12 +10,10 @@ from pathlib import Path
 import torch
 import tyro
 from rich.console import Console
-from torch import nn
 
-from evovit.backbones import adapt
 from evovit.errors import EvoViTError, check_count
 from evovit.methods import find_method
-from evovit.model import ReducedViT
+from evovit.model import ReducedViT, backbone_of
 from evovit.run.benchmark import interleave
 from evovit.run.build import colours_of, fit
 from evovit.run.compare_report import Shown, Standing, write_report
@@ -93,10 +91,8 @@ def compare(
             train_one(recipe, folder, console)
     with join_world(contestants[0].recipe.run.device) as world:
         found = [assess(contestant, world) for contestant in contestants]
-        speeds = measure([c.name for c in contestants], found, world, mode, batch, rounds)
-        for each, row in zip(found, speeds, strict=True):
-            each.row = row
-        print(write_report(out, found, shown_images(contestants[0].recipe, world)))
+        rows = measure(found, world, mode, batch, rounds)
+        print(write_report(out, found, rows, shown_images(contestants[0].recipe, world)))
 
 
 def plan(
@@ -163,15 +159,13 @@ def assess(contestant: Contestant, world: World) -> Standing:
     return Standing(contestant.name, what, model.eval(), before, after)
 
 
-def measure(
-    names: Sequence[str], found: Sequence[Standing], world: World, mode: str, batch: int, rounds: int
-) -> list[Row]:
+def measure(found: Sequence[Standing], world: World, mode: str, batch: int, rounds: int) -> list[Row]:
     """Time the models in turn; the first is the dense one."""
     device = world.device.type
-    setting = Setting(model=names[0], device=device, batch=batch, modes=(mode,), rounds=rounds)
-    side = shape_of(found[0].model)
+    setting = Setting(model=found[0].name, device=device, batch=batch, modes=(mode,), rounds=rounds)
+    shape = backbone_of(found[0].model).image_shape
     torch.compiler.reset()
-    images = torch.randn(batch, *side, generator=torch.Generator().manual_seed(0)).to(world.device)
+    images = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(world.device)
     batches = [Batch(images, torch.zeros(batch, dtype=torch.int64, device=world.device))]
     measured = []
     for i, each in enumerate(found):
@@ -179,14 +173,9 @@ def measure(
         if subject.step is None:
             raise EvoViTError(f"{each.name} cannot be timed in mode {mode}: {subject.skipped}.")
         variant = Variant(each.name if i else DENSE_VARIANT)
-        measured.append(Measured(variant, subject, gmacs(each.model, side), None))
+        measured.append(Measured(variant, subject, gmacs(each.model, shape), None))
     interleave(measured, setting)
-    return rows_of(setting, side[-1], measured)
-
-
-def shape_of(model: nn.Module) -> tuple[int, int, int]:
-    """Return (channels, height, width) of the images a model was built for."""
-    return adapt(model.model if isinstance(model, ReducedViT) else model).image_shape
+    return rows_of(setting, shape[-1], measured)
 
 
 def shown_images(recipe: Recipe, world: World) -> Shown:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -24,33 +23,24 @@ if TYPE_CHECKING:
 COLUMNS = ("run", "method", "GMACs", "ceiling", "speed-up", "top-1 % before", "top-1 % after", "of dense")
 
 
-@dataclass
-class Standing:
-    """What was found about one contestant."""
+class Standing(NamedTuple):
+    """How accurate one contestant is."""
 
     name: str
     method: str  # with its options
     model: nn.Module  # of the last seed, trained
-    before: list[float]  # top-1 % per seed, as it starts: the dense weights, the method, no training
+    before: list[float]  # top-1 % per seed, as it starts, untrained
     after: list[float]  # top-1 % per seed, after its training
-    row: Row | None = None  # its speed
 
-    @property
-    def timed(self) -> Row:
-        """Its speed, measured."""
-        assert self.row is not None
-        return self.row
-
-    def cells(self, dense: Standing) -> list[str]:
+    def cells(self, row: Row, dense: Standing) -> list[str]:
         """Return the row, one cell per `COLUMNS`; differences to dense are per seed."""
-        row, differences = self.timed, [a - b for a, b in zip(self.after, dense.after, strict=True)]
-        fast = f"{row.speedup:.2f}x ± {row.noise:.1%}" if row.noise is not None else "1"
+        differences = [a - b for a, b in zip(self.after, dense.after, strict=True)]
         return [
             self.name,
             self.method,
             f"{row.gmacs:.4f}",
             f"{row.mac_ratio:.2f}",
-            fast,
+            f"{row.speedup:.2f}x ± {row.noise:.1%}" if row.noise is not None else "1",
             spread(self.before),
             spread(self.after),
             "" if self is dense else signed(differences),
@@ -70,16 +60,17 @@ class Shown(NamedTuple):
     titles: list[str]
 
 
-def write_report(out: Path, found: Sequence[Standing], shown: Shown) -> str:
+def write_report(out: Path, found: Sequence[Standing], speeds: Sequence[Row], shown: Shown) -> str:
     """Write compare.md, .csv, .html and the pictures; return what to print.
 
     Args:
-        found: the dense model first, all timed.
+        found: the dense model first.
+        speeds: one row for each.
     """
-    rows = [each.cells(found[0]) for each in found]
+    rows = [each.cells(row, found[0]) for each, row in zip(found, speeds, strict=True)]
     markdown = as_markdown(rows, COLUMNS)
     pictures = {
-        "accuracy.png": draw_accuracy(found),
+        "accuracy.png": draw_accuracy(found, speeds),
         "kept.png": draw_kept_side_by_side(found, shown),
     }
     for name, figure in pictures.items():
@@ -87,21 +78,20 @@ def write_report(out: Path, found: Sequence[Standing], shown: Shown) -> str:
     texts = {
         "compare.md": markdown,
         "compare.csv": as_csv(rows, COLUMNS),
-        "compare.html": _page(out, found, rows),
+        "compare.html": _page(out, speeds[0], len(found[0].after), rows),
     }
     for name, text in texts.items():
         write_atomically(out / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))  # type: ignore[misc]
-    notes = "".join(f"note: {note}\n" for note in found[0].timed.notes)
+    notes = "".join(f"note: {note}\n" for note in speeds[0].notes)
     return f"{markdown}\n{notes}{out / 'compare.html'} written"
 
 
-def _page(out: Path, found: Sequence[Standing], rows: Sequence[Sequence[str]]) -> str:
-    row, seeds = found[0].timed, len(found[0].after)
+def _page(out: Path, row: Row, seeds: int, rows: Sequence[Sequence[str]]) -> str:
     body = [
         paragraph(
-            f"Each model starts from the dense weights and is trained alike; {seeds} "
-            f"seed{'s' if seeds > 1 else ''}, mean ± standard deviation; 'of dense' is the difference to the "
-            "dense model trained as long, seed by seed. 'Before' is the method on the dense weights."
+            f"All are trained with equal budgets; {seeds} seed{'s' if seeds > 1 else ''}, mean ± standard "
+            "deviation; 'of dense' is the difference to the dense model trained as long, seed by seed. "
+            "'Before' is each model as it starts, untrained."
         ),
         table(COLUMNS, rows),
         paragraph(
@@ -119,14 +109,13 @@ def _page(out: Path, found: Sequence[Standing], rows: Sequence[Sequence[str]]) -
     return html_page("evovit compare", body)
 
 
-def draw_accuracy(found: Sequence[Standing]) -> Figure:
+def draw_accuracy(found: Sequence[Standing], speeds: Sequence[Row]) -> Figure:
     """Draw accuracy against GMACs and against images per second; bars are standard deviations."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, label in zip(figure.subplots(1, 2), ("GMACs", "images per second"), strict=True):
-        for number, each in enumerate(found):
-            row = each.timed
+        for number, (each, row) in enumerate(zip(found, speeds, strict=True)):
             x = row.gmacs if label == "GMACs" else row.images_per_second
             bar = stdev(each.after) if len(each.after) > 1 else None
             look = {"color": "black", "fmt": "s"} if number == 0 else {"color": f"C{number % 10}", "fmt": "o"}

@@ -140,7 +140,7 @@ class Pictures(Dataset[Any]):
     transform: Callable[[Any], Tensor]
     dense: DenseLabels | None = None
 
-    def __getitem__(self, key: tuple[tuple[object, ...], int]) -> tuple[Tensor, Tensor] | Unreadable:
+    def __getitem__(self, key: tuple[tuple[object, ...], int]) -> tuple[Tensor, int | Tensor] | Unreadable:
         place, row = key
         try:
             file, label = self.reader[row]
@@ -153,7 +153,7 @@ class Pictures(Dataset[Any]):
         with seeded(*place):
             augmented = self.transform(image)
         if self.dense is None:
-            return augmented, torch.tensor(int(label))
+            return augmented, int(label)
         return augmented, self.dense(place, self.reader.filename(row, absolute=True), image, int(label))
 
 
@@ -220,7 +220,7 @@ class PictureImages(Images):
                     "No image of a batch can be read; repair the data, or make the batch larger."
                 )
             images, labels = zip(*whole, strict=True)
-            yield torch.stack(images), torch.stack(labels)
+            yield torch.stack(images), torch.stack(labels) if pictures.dense else torch.tensor(labels)
 
     def _report(self, item: Unreadable) -> None:
         self.unreadable.setdefault(item.path, item.why)

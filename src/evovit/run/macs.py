@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from evovit.backbones import Block, Stage, adapt
 from evovit.backbones.base import Mix
 from evovit.backbones.timm_levit_blocks import LevitEntry
-from evovit.methods.base import Method
+from evovit.methods.base import Dense, Method
 from evovit.model import ReducedViT
 from evovit.tokens import QKV, Tokens
 
@@ -102,32 +102,31 @@ class CountedEntry(LevitEntry):
 
 
 class CountedMethod(Method):
-    """A method (None: dense) that runs on counted blocks."""
+    """A method that runs on counted blocks."""
 
     needs_class_token = False
     crosses_stages = True
 
-    def __init__(self, method: Method | None, model: nn.Module, ledger: Ledger) -> None:
-        super().__init__(None, adapt(model).spec)
+    def __init__(self, method: Method, ledger: Ledger) -> None:
+        super().__init__(None, method.spec)
         self.method, self.ledger = method, ledger
 
     def begin(self, tokens: Tokens, stages: Sequence[Stage]) -> Tokens:
         counted = [
             Stage(stage.enter, [CountedBlock(b, self.ledger) for b in stage.blocks]) for stage in stages
         ]
-        return self.method.begin(tokens, counted) if self.method else tokens
+        return self.method.begin(tokens, counted)
 
     def enter_stage(self, stage: Stage, tokens: Tokens) -> Tokens:
         if isinstance(stage.enter, LevitEntry):
             stage = stage._replace(enter=CountedEntry(stage.enter, self.ledger))
-        return self.method.enter_stage(stage, tokens) if self.method else super().enter_stage(stage, tokens)
+        return self.method.enter_stage(stage, tokens)
 
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
-        counted = CountedBlock(block, self.ledger)
-        return self.method.run_block(counted, tokens) if self.method else counted(tokens)
+        return self.method.run_block(CountedBlock(block, self.ledger), tokens)
 
     def finish(self, tokens: Tokens) -> Tokens:
-        return self.method.finish(tokens) if self.method else tokens
+        return self.method.finish(tokens)
 
 
 def both_products(qkv: QKV) -> int:
@@ -136,9 +135,9 @@ def both_products(qkv: QKV) -> int:
     return heads * queries * qkv.k.shape[2] * (width + qkv.v.shape[3])
 
 
-def _layers(host: nn.Module, method: Method | None) -> list[nn.Module]:
+def _layers(host: nn.Module, method: Method) -> list[nn.Module]:
     """Return the modules to watch: the host's layers, and the method's own modules whole."""
-    own = [*method.children()] if method else []
+    own = [*method.children()]
     lists = [module for module in own if isinstance(module, nn.ModuleList)]
     own = [module for module in own if module not in lists] + [part for parts in lists for part in parts]
     return [module for module in host.modules() if isinstance(module, nn.Linear | nn.Conv2d)] + own
@@ -162,11 +161,10 @@ def gmacs(model: nn.Module, image_shape: Sequence[int]) -> float:
         model: a host or a `ReducedViT`.
         image_shape: (channels, height, width).
     """
-    host = model.model if isinstance(model, ReducedViT) else model
-    ledger = Ledger()
-    method = model.method if isinstance(model, ReducedViT) else None
-    counted = CountedMethod(method, host, ledger)
-    counting = ReducedViT(host, counted)
+    if not isinstance(model, ReducedViT):
+        model = ReducedViT(model, Dense(None, adapt(model).spec)).train(model.training)
+    host, method, ledger = model.model, model.method, Ledger()
+    counting = ReducedViT(host, CountedMethod(method, ledger))
     counting.training = model.training  # its own flag; host and method keep theirs
     hooks = [hook for module in _layers(host, method) for hook in ledger.watch(module)]
     try:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from evovit.backbones import adapt
 from evovit.backbones.base import trace_dense
 from evovit.errors import EvoViTError
-from evovit.model import Outputs, ReducedViT
+from evovit.model import Outputs, ReducedViT, backbone_of
 from evovit.run.recipe import ObjectiveTable
 from evovit.run.token_labels import run_with_token_labels, with_token_labels
 from evovit.tokens import Tokens
@@ -136,7 +136,7 @@ class Objective(nn.Module):
         if not self.reads_features:
             return Taught(self.teacher(images), None)
         trace: list[Tokens] = []
-        backbone = adapt(self.teacher.model if isinstance(self.teacher, ReducedViT) else self.teacher)
+        backbone = backbone_of(self.teacher)
         if isinstance(self.model, ReducedViT) and self.model.method.reads_teacher_trace:
             trace = trace_dense(backbone, images)
             features = backbone.norm(trace[-1].x)
@@ -195,7 +195,7 @@ def check_teacher(model: ReducedViT, teacher: nn.Module | None) -> None:
         raise EvoViTError(
             f"{name} learns from all tokens of its teacher, which reduces them; take a dense one."
         )
-    ours, other = (adapt(m.model if isinstance(m, ReducedViT) else m).spec for m in (model, teacher))
+    ours, other = (backbone_of(m).spec for m in (model, teacher))
     if (ours.grid, ours.dims, ours.num_prefix) != (other.grid, other.dims, other.num_prefix) or (
         method.reads_teacher_trace and ours.depths != other.depths
     ):

@@ -19,6 +19,7 @@ from evovit.models.evo_deit import build_evo_deit
 from evovit.run.files import read_state_dict
 from evovit.run.official_levit import load_evo_levit, load_levit
 from evovit.run.official_lv_vit import in_lv_vit_layout, load_lv_vit, load_lv_vit_host, load_sit
+from evovit.run.official_size import checked_size
 
 
 def load_official(name: str, source: str | Path | Mapping[str, Tensor], **options: Any) -> Any:
@@ -61,16 +62,10 @@ def _load_evo_vit(
             "model's weights into its own host and wrap that with evovit.reduce_tokens."
         )
     width, channels = state["patch_embed.proj.weight"].shape[:2]
-    patch = tuple(state["patch_embed.proj.weight"].shape[2:])
+    patch_height, patch_width = state["patch_embed.proj.weight"].shape[2:]
     num_heads = _checked_heads(num_heads, width)
     patches = state["pos_embed"].shape[1] - 1
-    img_size = (isqrt(patches) * patch[0], isqrt(patches) * patch[1]) if img_size is None else img_size
-    height, width_px = (img_size, img_size) if isinstance(img_size, int) else img_size
-    if (height // patch[0]) * (width_px // patch[1]) != patches:
-        raise EvoViTError(
-            f"img_size {height} x {width_px} has {(height // patch[0]) * (width_px // patch[1])} patches, "
-            f"but the checkpoint has {patches} positions; leave img_size out for square images."
-        )
+    height, width_px = checked_size(patches, (patch_height, patch_width), img_size)
     mapped = {
         key: value
         for key, value in state.items()
@@ -88,7 +83,7 @@ def _load_evo_vit(
         mapped |= {f"fc_norm.{part}": state[f"norm.{part}"] for part in ("weight", "bias")}
         model = build_evo_deit(
             img_size=(height, width_px),
-            patch_size=patch,
+            patch_size=(patch_height, patch_width),
             in_chans=channels,
             num_classes=state["head.weight"].shape[0],
             embed_dim=width,

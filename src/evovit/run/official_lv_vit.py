@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isqrt
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from evovit.errors import EvoViTError
 from evovit.model import ReducedViT, reduce_tokens
 from evovit.models.lv_vit import LVViT
+from evovit.run.official_size import checked_size
 
 EXPECTED = (
     *("patch_embed.conv1.weight", "patch_embed.bn1.weight", "cls_token", "pos_embed"),
@@ -68,13 +68,7 @@ def load_lv_vit_host(
     projection = state.get("patch_embed.proj.weight")
     convolutions = sum(key.startswith("patch_embed.conv") for key in state)
     patch = 16 if projection is None else 2 * projection.shape[-1]
-    size = isqrt(patches) * patch if img_size is None else img_size
-    height, width_px = (size, size) if isinstance(size, int) else size
-    if (height // patch) * (width_px // patch) != patches:
-        raise EvoViTError(
-            f"img_size {height} x {width_px} has {(height // patch) * (width_px // patch)} patches, but the "
-            f"checkpoint has {patches} positions; leave img_size out for square images."
-        )
+    height, width_px = checked_size(patches, (patch, patch), img_size)
     stem_width, channels = state["patch_embed.conv1.weight"].shape[:2]
     told: dict[str, Any] = {
         "stem": STEM_OF.get(convolutions, "4c") if projection is None else "4_2",

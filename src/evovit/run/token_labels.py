@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evovit.backbones import adapt
-from evovit.backbones.base import Block
 from evovit.errors import EvoViTError
-from evovit.methods.base import Method
+from evovit.methods.base import Dense
 from evovit.model import Outputs, ReducedViT
 from evovit.run.recipe import ObjectiveTable
 from evovit.tokens import Tokens
@@ -28,16 +27,6 @@ class Labels(NamedTuple):
 
     image: Tensor  # (B, classes)
     tokens: Tensor  # (B, N, classes), raster order
-
-
-class Dense(Method):
-    """No reduction: a dense host run through its views, so that its embedded tokens can be mixed."""
-
-    needs_class_token = False
-    crosses_stages = True
-
-    def run_block(self, block: Block, tokens: Tokens) -> Tokens:
-        return block(tokens)
 
 
 def with_token_labels(model: nn.Module, goal: ObjectiveTable, teacher: nn.Module | None) -> ReducedViT:
