@@ -56,7 +56,7 @@ def test_a_glance_and_a_focus_are_rows_of_the_whole_attention_input(host: str) -
             assert_close(seen.q[:, :, :prefix], whole.q[:, :, :prefix])
         patches = torch.tensor([[0, 3, 7, 11], [1, 2, 14, 15]])
         rows = with_prefix(patches, prefix)
-        active = tokens.change(x=take(tokens.x, rows), index=take(tokens.index, patches))
+        active = tokens.change(x=take(tokens.x, rows), index=tokens.index.gather(1, patches))
         expected, ours = take_qkv(whole, rows), block.focus(active, seen, rows)
     for name in ("q", "k", "v"):
         assert_close(getattr(ours, name), getattr(expected, name))

@@ -31,6 +31,11 @@ def schedule(r: Any) -> dict[str, Any]:
     return {"r": r["tuple"][0], "inflection": float(r["tuple"][1])} if isinstance(r, dict) else {"r": r}
 
 
+def merge_all(x: Tensor, size: Tensor, match: Match) -> Tensor:
+    """Return merged tokens (B, N - R, C)."""
+    return merge_tokens(x, size, merge_sizes(size, match), match)
+
+
 def load_case(golden: Golden, case: dict[str, Any]) -> evovit.ReducedViT:
     options = dict(golden.side["model"])
     cls = VisionTransformerDistilled if options.pop("distilled", False) else VisionTransformer
@@ -100,10 +105,10 @@ def test_matching_equals_the_official_unit(unit: dict[str, Any]) -> None:
     match = match_tokens(metric, removed, prefix % 2)
     ones = torch.ones_like(size)
     values = {
-        "wavg_x": merge_tokens(x, size, match),
+        "wavg_x": merge_all(x, size, match),
         "wavg_size": merge_sizes(size, match)[..., None],
-        "merged_mean": merge_tokens(x, ones, match),
-        "wavg_nosize_x": merge_tokens(x, ones, match),
+        "merged_mean": merge_all(x, ones, match),
+        "wavg_nosize_x": merge_all(x, ones, match),
         "wavg_nosize_size": merge_sizes(ones, match)[..., None],
         "source": F.one_hot(match.moved, match.rows.shape[1]).transpose(1, 2).float(),
     }
@@ -185,7 +190,7 @@ def test_merge_equals_a_naive_loop_for_every_number_of_prefix_tokens(protected: 
     size = torch.randint(1, 5, (2, patches)).float()
     for removed in range(1, patches // 2 + 1):
         match = match_tokens(metric[:, protected:], removed, protected % 2)
-        ours = merge_tokens(x[:, protected:], size, match)
+        ours = merge_all(x[:, protected:], size, match)
         for image in range(2):
             sizes = [1.0] * protected + size[image].tolist()
             expected = naive_merge(x[image], metric[image], sizes, removed, protected)
@@ -195,7 +200,7 @@ def test_merge_equals_a_naive_loop_for_every_number_of_prefix_tokens(protected: 
 def test_a_token_that_takes_no_part_keeps_its_bits() -> None:
     x, size = torch.randn(2, 9, 4), torch.randint(1, 5, (2, 9)).float()
     match = match_tokens(torch.randn(2, 9, 3), 2, 1)
-    merged = merge_tokens(x, size, match)
+    merged = merge_all(x, size, match)
     for image in range(2):
         involved = {*match.sources[image].tolist(), *match.targets[image].tolist()}
         for new, old in enumerate(match.rows[image].tolist()):
@@ -295,7 +300,7 @@ def test_matching_stays_in_float32_under_autocast() -> None:
 def test_matching_has_no_gradient_and_merging_has() -> None:
     metric, x = (torch.randn(2, 8, 3, requires_grad=True) for _ in range(2))
     match = match_tokens(metric, 3, 1)
-    merge_tokens(x, torch.ones(2, 8), match).square().sum().backward()
+    merge_all(x, torch.ones(2, 8), match).square().sum().backward()
     assert metric.grad is None and x.grad.abs().min() > 0
 
 

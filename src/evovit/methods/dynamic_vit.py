@@ -119,7 +119,7 @@ class DynamicViT(Method):
             return tokens
         rows = split_top(self.scores(tokens, number)[..., 0], keep).rows
         x = take(tokens.x, with_prefix(rows, tokens.num_prefix))
-        return tokens.change(x=x, index=take(tokens.index, rows))
+        return tokens.change(x=x, index=tokens.index.gather(1, rows))
 
     def sample(self, tokens: Tokens, number: int) -> Tokens:
         """Mask tokens out at random, by their scores; who is out stays out (training)."""

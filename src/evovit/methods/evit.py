@@ -110,7 +110,7 @@ class EViT(Method):
         """
         split = split_top(score, keep)
         x = take(tokens.x, with_prefix(split.rows, tokens.num_prefix))
-        index = take(tokens.index, split.rows)
+        index = tokens.index.gather(1, split.rows)
         if self.config.fuse:
             x = torch.cat((x, weighted_sum(tokens.patches, score, split.kept)), dim=1)
             index = nn.functional.pad(index, (0, 1), value=-1)

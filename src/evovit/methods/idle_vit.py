@@ -105,7 +105,7 @@ class IdleViT(Method):
         if cut:
             cuts = (*cuts, self.token_cut(seen, split.kept, tokens.num_prefix))
         state = Idle(rows, tokens.x, tokens.index, cuts)
-        active = tokens.change(x=take(tokens.x, rows), index=take(tokens.index, split.rows), carry=state)
+        active = tokens.change(x=take(tokens.x, rows), index=tokens.index.gather(1, split.rows), carry=state)
         qkv = take_qkv(seen, rows) if whole else block.focus(active, seen, rows)
         return block.ffn(block.attention(active, qkv))
 

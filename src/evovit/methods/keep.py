@@ -56,7 +56,7 @@ class Keep(Method):
         if keep is not None and keep < tokens.num_patches:
             rows = self.rows(tokens, qkv, keep, block.number)
             x = take(tokens.x, with_prefix(rows, tokens.num_prefix))
-            tokens = tokens.change(x=x, index=take(tokens.index, rows))
+            tokens = tokens.change(x=x, index=tokens.index.gather(1, rows))
         return block.ffn(tokens)
 
     def rows(self, tokens: Tokens, qkv: QKV, keep: int, number: int) -> Tensor:

@@ -17,7 +17,6 @@ from evovit.backbones.base import BackboneSpec, Block
 from evovit.errors import check_choice, check_count
 from evovit.methods import register
 from evovit.methods.base import Method
-from evovit.ops.select import take
 from evovit.tokens import Tokens
 
 Kind = Literal["average", "max", "conv"]
@@ -69,7 +68,7 @@ class Subsample(Method):
         shape = (pooled.shape[2], pooled.shape[3])
         cells = torch.arange(rows * columns, device=grid.device).view(rows, columns)
         first = cells[::side, ::side][: shape[0], : shape[1]].flatten()
-        index = take(tokens.index, first.expand(grid.shape[0], -1))
+        index = tokens.index.index_select(1, first)
         x = torch.cat((tokens.prefix, pooled.flatten(2).transpose(1, 2)), dim=1)
         return tokens.change(x=x, index=index, grid=shape)
 

@@ -74,11 +74,12 @@ class ToMe(Method):
         metric = keys[:, :, tokens.num_prefix :].mean(1)
         match = match_tokens(metric, removed, first=tokens.num_prefix % 2)
         size = torch.ones_like(tokens.index, dtype=torch.float32) if tokens.size is None else tokens.size
-        patches = merge_tokens(tokens.patches, size, match)
+        merged = merge_sizes(size, match)
+        patches = merge_tokens(tokens.patches, size, merged, match)
         return tokens.change(
             x=torch.cat((tokens.prefix, patches), dim=1),
-            index=take(tokens.index, match.rows),
-            size=merge_sizes(size, match),
+            index=tokens.index.gather(1, match.rows),
+            size=merged,
             carry=Merged(match.moved.gather(1, tokens.carry.source) if tokens.carry else match.moved),
         )
 

@@ -37,17 +37,19 @@ def split_top(score: Tensor, keep: int) -> Split:
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:
-    """Return the rows `rows` (B, K) of x (B, T, ...), as (B, K, ...)."""
-    batch, num = x.shape[:2]
-    flat = rows + torch.arange(batch, device=x.device)[:, None] * num
-    return x.flatten(0, 1).index_select(0, flat.flatten()).reshape(batch, rows.shape[1], *x.shape[2:])
+    """Return the rows `rows` (B, K) of x (B, T, C), as (B, K, C)."""
+    return x.flatten(0, 1).index_select(0, _flat(rows, x)).reshape(*rows.shape, x.shape[2])
 
 
 def put(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-    """Return x (B, T, ...) with the rows `rows` (B, K) replaced by values (B, K, ...); out of place."""
+    """Return x (B, T, C) with the rows `rows` (B, K) replaced by values (B, K, C); out of place."""
+    return x.flatten(0, 1).index_copy(0, _flat(rows, x), values.flatten(0, 1)).reshape(x.shape)
+
+
+def _flat(rows: Tensor, x: Tensor) -> Tensor:
+    """Return rows (B, K) of x (B, T, C) as rows of all images one after another, (B * K,)."""
     batch, num = x.shape[:2]
-    flat = rows + torch.arange(batch, device=x.device)[:, None] * num
-    return x.flatten(0, 1).index_copy(0, flat.flatten(), values.flatten(0, 1)).reshape(x.shape)
+    return (rows + torch.arange(0, batch * num, num, device=x.device)[:, None]).flatten()
 
 
 def with_prefix(rows: Tensor, num_prefix: int) -> Tensor:
@@ -83,5 +85,7 @@ def rows_where(chosen: Tensor, count: int) -> Tensor:
     """Return the rows that are True, (B, count) int64 ascending; chosen (B, N) has `count` per image."""
     batch, num = chosen.shape
     slot = torch.where(chosen, chosen.cumsum(-1) - 1, count)  # the others write to a spare place
-    rows = torch.zeros(batch, count + 1, dtype=torch.long, device=chosen.device)
-    return rows.scatter(1, slot, torch.arange(num, device=chosen.device).expand(batch, num))[:, :count]
+    # int32: on GPUs, Inductor does not fuse a scatter of int64
+    rows = torch.zeros(batch, count + 1, dtype=torch.int32, device=chosen.device)
+    place = torch.arange(num, dtype=torch.int32, device=chosen.device).expand(batch, num)
+    return rows.scatter(1, slot, place)[:, :count].long()

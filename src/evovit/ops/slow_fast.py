@@ -19,6 +19,7 @@ class Waiting(NamedTuple):
 
     score: Tensor | None = None  # (B, N) float32, score of every patch token present
     split: Split | None = None  # who is awake
+    rows: Tensor | None = None  # (B, P + K) int64, where prefix and awake stand among all
     awake: Tensor | None = None  # (B, K) float32, score of the awake
     before: Tokens | None = None  # all tokens as the stage found them
     summary: Tensor | None = None  # (B, 1, C), the representative token as the stage found it
@@ -32,13 +33,13 @@ def part(tokens: Tokens, score: Tensor, keep: int, summarise: bool) -> Tokens:
         summarise: append the representative token of the placeholders (eq. 5), index -1.
     """
     split = split_top(score, keep)
-    x = take(tokens.x, with_prefix(split.rows, tokens.num_prefix))
-    index, summary = take(tokens.index, split.rows), None
+    rows = with_prefix(split.rows, tokens.num_prefix)
+    x, index, summary = take(tokens.x, rows), tokens.index.gather(1, split.rows), None
     if summarise:
         summary = representative(tokens.patches, score, split.kept)
         x, index = torch.cat((x, summary), 1), F.pad(index, (0, 1), value=-1)
-    awake = take(score, split.rows)
-    return tokens.change(x=x, index=index, carry=Waiting(score, split, awake, tokens, summary))
+    awake = score.gather(1, split.rows)
+    return tokens.change(x=x, index=index, carry=Waiting(score, split, rows, awake, tokens, summary))
 
 
 def score_awake(tokens: Tokens, new: Tensor, trade_off: float | Tensor) -> Tokens:
@@ -63,6 +64,6 @@ def rejoin(tokens: Tokens) -> Tokens:
     x, count = state.before.x, num_prefix + state.awake.shape[1]
     if state.summary is not None:
         x = x + (tokens.x[:, count:] - state.summary)
-    x = put(x, with_prefix(state.split.rows, num_prefix), tokens.x[:, :count])
-    score = put(state.score, state.split.rows, state.awake)
+    x = put(x, state.rows, tokens.x[:, :count])
+    score = state.score.scatter(1, state.split.rows, state.awake)
     return tokens.change(x=x, index=state.before.index, carry=Waiting(score))
