@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from evovit import EvoViTError, cli
+from evovit.model import ReducedViT
 from evovit.run import bench as command
 from evovit.run import subject as subjects
 from evovit.run.bench_report import append_rows, environment, speedup_text, write_report
 from evovit.run.benchmark import Extras, largest_batch, measure
-from evovit.run.profile import PARTS, part_of
+from evovit.run.profile import PARTS, Profile, part_of
 from evovit.run.row import Measured, Row, busy_notes, compare, rows_of
 from evovit.run.setting import DENSE, Setting, Variant
 from evovit.run.subject import Subject
@@ -144,6 +149,79 @@ def test_a_compiler_that_fails_skips_the_mode_with_its_reason(monkeypatch: pytes
     assert rows[0].median_ms and "no compiler here" in rows[1].skipped
 
 
+def test_a_model_that_fails_loses_its_own_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = subjects.forward_of
+
+    def broken(*_: Any) -> Any:
+        raise AssertionError("wrong strides")
+
+    monkeypatch.setattr(subjects.torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(
+        subjects, "forward_of", lambda m, train: broken if isinstance(m, ReducedViT) else whole(m, train)
+    )
+    modes = ("eager", "compiled")
+    rows = measure(setting(modes=modes), [EVO], Extras(count_macs=False, kernels=False))
+    assert [bool(row.median_ms) for row in rows] == [True, True, False, False]
+    assert all("wrong strides" in row.skipped for row in rows[2:])
+
+
+def test_wrong_input_in_a_step_is_no_skipped_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise EvoViTError("no such thing")
+
+    monkeypatch.setattr(subjects, "warm_up", refuse)
+    batch = subjects.Batch(torch.randn(2, 3), torch.tensor([0, 2]))
+    for mode in ("eager", "compiled"):
+        with pytest.raises(EvoViTError, match="no such thing"):
+            subjects.prepare(torch.nn.Linear(3, 3), (mode,), "fp32", [batch], False, "")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no profiler"), torch.OutOfMemoryError("no profiler")])
+def test_a_profile_that_fails_leaves_the_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    from evovit.run import benchmark
+
+    def broken(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(benchmark, "profile", broken)
+    monkeypatch.setattr(benchmark, "write_trace", broken)
+    said: list[str] = []
+    rows = measure(setting(), [EVO], Extras(count_macs=False, trace=Path("trace.json")), said.append)
+    assert all(row.median_ms and row.kernels is None and row.parts_ms is None for row in rows)
+    notes = [note for note in rows[0].notes if "no profiler" in note]
+    assert len(notes) == 3 and "no profile of dense [eager]" in notes[0] and {*notes} <= {*said}
+    write_report(tmp_path, append_rows(tmp_path, rows, environment("cpu", 0.1)))
+
+
+def test_a_graph_has_the_profile_of_its_compiled_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    from evovit.run import benchmark
+
+    seen: list[int] = []
+
+    def numbered(*_: Any) -> Profile:
+        seen.append(len(seen))
+        return Profile(seen[-1], {}, {})
+
+    monkeypatch.setattr(benchmark, "profile", numbered)
+    pairs = [(v, mode) for v in (Variant(DENSE), EVO) for mode in ("eager", "compiled", "graphs")]
+    pairs += [(Variant("evit"), "graphs")]
+    measured = [Measured(v, Subject(mode, lambda i: None), 1.0, None) for v, mode in pairs]
+    assert benchmark.profile_each(measured, "cpu", seen.append) == []
+    assert [one.profile and one.profile.kernels for one in measured] == [0, 1, 1, 2, 3, 3, None]
+
+
+def test_the_fullest_profile_counts_then_the_quickest(monkeypatch: pytest.MonkeyPatch) -> None:
+    from evovit.run import profile as profiles
+
+    found = iter(
+        [Profile(3, {"other": 1.0}, {}), Profile(4, {"other": 9.0}, {}), Profile(4, {"other": 5.0}, {})]
+    )
+    monkeypatch.setattr(profiles, "_profile_once", lambda step, device: next(found))
+    assert profiles.profile(lambda i: None, "cpu") == Profile(4, {"other": 5.0}, {})
+
+
 def test_a_batch_that_does_not_fit_is_halved_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     from evovit.run import benchmark
 
@@ -262,7 +340,23 @@ def test_the_largest_batch_is_asked_of_gpus_only() -> None:
             "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add>",
             "norm and elementwise",
         ),
+        ("triton_tem_fused_addmm_gelu_3", "projections"),
+        ("triton_poi_fused_addmm_gelu_4", "norm and elementwise"),
+        ("triton_poi_fused_addmm_view_5", "norm and elementwise"),
+        ("triton_poi_fused_mm_2", "norm and elementwise"),
+        ("triton_poi_fused_convolution_0", "norm and elementwise"),
+        ("triton_per_fused_add_addmm_native_layer_norm_view_6", "norm and elementwise"),
+        ("triton_poi_fused__scaled_dot_product_flash_attention_clone_transpose_1", "data movement"),
+        ("triton_per_fused__log_softmax_nll_loss_forward_9", "norm and elementwise"),
+        ("void at::native::cunn_SoftMaxForward<4, float, LogSoftMaxForwardEpilogue>", "norm and elementwise"),
+        ("cudnn::fusion::convert_dq_to_16bits<64>", "attention"),
+        ("cudnn::fusion::compute_dot_do_o_specialized<true>", "attention"),
+        ("void pytorch_flash::flash_bwd_convert_dq_kernel", "attention"),
         ("graph_0_cpp_fused_gelu_native_layer_norm_0", "norm and elementwise"),
+        ("graph_0_cpp_fused_convolution_0", "norm and elementwise"),
+        ("graph_4_cpp_fused__log_softmax__to_copy_add_mean_nll_loss_forward_12", "norm and elementwise"),
+        ("aten::_log_softmax", "norm and elementwise"),
+        ("aten::_softmax", "score"),
         ("aten::addmm", "projections"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
         ("aten::topk", "selection"),
@@ -276,10 +370,83 @@ def test_a_kernel_belongs_to_its_part(name: str, part: str) -> None:
     assert part_of(name) == part
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("train", [False, True])
-def test_all_modes_work_on_a_gpu(train: bool) -> None:
-    modes = ("eager", "compiled", "graphs")
-    rows = measure(setting(device="cuda", dtype="bf16", modes=modes, train=train), [EVO])
-    assert [row.skipped for row in rows] == [""] * 6
-    assert all(row.median_ms and row.peak_memory_mb and row.kernels for row in rows)
+def load_gpu_table() -> Any:
+    path = Path(__file__).parents[2] / "benchmarks" / "gpu_table.py"
+    spec = importlib.util.spec_from_file_location("gpu_table", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The script of the GPU table, with tiny groups; call it with its arguments for its exit status."""
+    module = load_gpu_table()
+    groups = [module.Group(name, {"model": MODEL, "batch": 2, "modes": ("eager",)}, ()) for name in "ab"]
+    monkeypatch.setattr(module, "GROUPS", groups)
+
+    def run(*words: str) -> int:
+        monkeypatch.setattr(
+            sys, "argv", ["gpu_table.py", str(tmp_path / "out"), "--device=cpu", "--rounds=1", *words]
+        )
+        with pytest.raises(SystemExit) as stop:
+            module.main()
+        return int(stop.value.code or 0)
+
+    return SimpleNamespace(run=run, module=module)
+
+
+class Child:
+    """A process that says it takes longer than it may."""
+
+    made: list[Child]
+
+    def __init__(self, command: list[str]) -> None:
+        self.command, self.ended = command, 0
+        self.made.append(self)
+
+    def wait(self, timeout: float | None = None) -> int:
+        if timeout is not None:
+            raise subprocess.TimeoutExpired(self.command, timeout)
+        return 0
+
+    def terminate(self) -> None:
+        self.ended += 1
+
+
+def test_the_gpu_table_compiles_ahead_in_one_process_per_group(
+    table: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[Child] = []
+    monkeypatch.setattr(table.module.subprocess, "Popen", type("Own", (Child,), {"made": made}))
+    assert table.run("--only=a") == table.run("--no-warm") == 0 and not made
+    assert table.run("--batch=1") == 0
+    out = capsys.readouterr().out
+    assert [child.command[-2:] for child in made] == [[f"--only=^{name}$", "--warm"] for name in "ab"]
+    assert all({"--device=cpu", "--batch=1"} <= {*child.command} and child.ended for child in made)
+    assert "compiling a ahead: not done after 240 s" in out and "compiled 2 groups ahead" in out
+
+
+def test_the_gpu_table_fails_where_a_row_is_missing(table: Any) -> None:
+    assert table.run("--no-warm", "--only=a") == 0
+    table.module.GROUPS[0].setting["modes"] = ("eager", "graphs")
+    assert table.run("--no-warm", "--only=a") == 1
+
+
+@pytest.mark.slow
+def test_what_one_process_compiles_another_finds(tmp_path: Path) -> None:
+    tiny = f"(gpu_table.Group('a', {{'model': {MODEL!r}, 'batch': 2, 'modes': ('compiled',)}}, ()),)"
+    script = f"import gpu_table; gpu_table.GROUPS = {tiny}; gpu_table.main()"
+    path = Path(__file__).parents[2] / "benchmarks"
+    around = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def run(*words: str) -> str:
+        command = [sys.executable, "-c", script, str(tmp_path / "out"), "--device=cpu", "--rounds=1", *words]
+        done = subprocess.run(
+            command, cwd=path, env=os.environ | around, check=True, capture_output=True, text=True
+        )
+        return done.stdout
+
+    assert run("--warm") == "" and not (tmp_path / "out").exists()
+    assert "1 graphs from the cache, 0 compiled" in run()

@@ -26,7 +26,7 @@ from evovit.run.setting import (
     place,
     random_batches,
 )
-from evovit.run.subject import Step, float32_precision, prepare
+from evovit.run.subject import Step, float32_precision, in_short, prepare
 
 SAMPLE_MS = 20.0  # a timed sample has as many steps as fill this, at most `MOST_STEPS`
 MOST_STEPS = 200
@@ -76,7 +76,7 @@ def _measure(
     notes: Sequence[str],
     say: Callable[[str], None],
 ) -> list[Row]:
-    torch.compiler.reset()
+    _free()
     host = build_host(setting)
     size = image_size_of(setting, host)
     image_shape = (getattr(host, "in_chans", 3), size, size)
@@ -95,12 +95,35 @@ def _measure(
     steps = {f"{m.variant} [{m.subject.mode}]": m.subject.step for m in measured if m.subject.step}
     interleave([m for m in measured if m.subject.step], setting)
     if extras.kernels:
-        for one in measured:
-            one.profile = profile(one.subject.step, setting.device) if one.subject.step else None
+        notes = [*notes, *profile_each(measured, setting.device, say)]
     if extras.trace is not None:
-        write_trace(steps, setting.device, extras.trace)
-        say(f"trace written to {extras.trace}")
+        try:
+            write_trace(steps, setting.device, extras.trace)
+            say(f"trace written to {extras.trace}")
+        except Exception as error:  # as above
+            notes = [*notes, f"no trace: {in_short(error)}"]
+            say(notes[-1])
     return rows_of(setting, size, measured, notes)
+
+
+def profile_each(measured: Sequence[Measured], device: str, say: Callable[[str], None]) -> list[str]:
+    """Add a profile to each; return what failed, which takes no row its times.
+
+    A graph replays the kernels of the compiled step and gets its profile, if that was measured: a profiler on
+    CUDA 13.0 does not see a graph's kernels reliably.
+    """
+    failed: list[str] = []
+    for one in (m for m in measured if m.subject.step):
+        if one.subject.mode == "graphs":
+            same = (m for m in measured if m.variant is one.variant and m.subject.mode == "compiled")
+            one.profile = next((m.profile for m in same), None)
+            continue
+        try:
+            one.profile = profile(one.subject.run, device)
+        except Exception as error:  # also out of memory: the times are taken
+            failed.append(f"no profile of {one.variant} [{one.subject.mode}]: {in_short(error)}")
+            say(failed[-1])
+    return failed
 
 
 def count_macs(model: nn.Module, image_shape: Sequence[int], both: bool) -> tuple[float, float | None]:
@@ -159,8 +182,11 @@ def largest_batch(setting: Setting) -> int:
     while batch < LARGEST_BATCH:
         trial = replace(setting, batch=2 * batch)
         try:
-            prepare(host, ("eager",), trial.dtype, random_batches(trial, host), trial.train, "")
+            batches = random_batches(trial, host)
+            (subject,) = prepare(host, ("eager",), trial.dtype, batches, trial.train, "")
         except torch.OutOfMemoryError:
+            break
+        if subject.step is None:
             break
         batch *= 2
     host.zero_grad(set_to_none=True)

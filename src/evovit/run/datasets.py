@@ -59,8 +59,8 @@ class Images(ABC):
 
     def train(self, epoch: int, first: int, world: World, accumulate: int) -> Iterator[Batch]:
         """Yield this process's forwards of an epoch from update `first` on, `accumulate` for each update."""
-        chosen = self.choose(epoch, first, world, accumulate)
-        for forward, (images, labels) in enumerate(self.read_train(epoch, chosen), first * accumulate):
+        read = self.read_train(epoch, self.choose(epoch, first, world, accumulate), world.device)
+        for forward, (images, labels) in enumerate(read, first * accumulate):
             if self.mix is None:
                 yield images, labels
                 continue
@@ -86,8 +86,8 @@ class Images(ABC):
         return shuffled.repeat_interleave(repeats)[: self.length].tolist()
 
     @abstractmethod
-    def read_train(self, epoch: int, chosen: Chosen) -> Iterator[Batch]:
-        """Yield a batch for each list of (place in the epoch, image)."""
+    def read_train(self, epoch: int, chosen: Chosen, device: torch.device) -> Iterator[Batch]:
+        """Yield a batch for each list of (place in the epoch, image), still to be copied to the device."""
 
     @abstractmethod
     def test(self, world: World) -> Iterator[Batch]:
@@ -102,7 +102,7 @@ class DigitImages(Images):
         self.length, self.side = recipe.data.scenes, side
         self._test: Any = None
 
-    def read_train(self, epoch: int, chosen: Chosen) -> Iterator[Batch]:
+    def read_train(self, epoch: int, chosen: Chosen, device: torch.device) -> Iterator[Batch]:
         run, most = self.recipe.run, self.recipe.data.fragments
         scenes = digit_scenes(
             "train",
@@ -189,27 +189,21 @@ class PictureImages(Images):
         plain = create_transform(**shared, crop_pct=data.crop_pct)
         self.test_pictures = Pictures(readers[data.test_split], plain)
 
-    def read_train(self, epoch: int, chosen: Chosen) -> Iterator[Batch]:
+    def read_train(self, epoch: int, chosen: Chosen, device: torch.device) -> Iterator[Batch]:
         seed = self.recipe.run.seed
         keys = ([((seed, epoch, place), image) for place, image in part] for part in chosen)
-        yield from self._load(self.pictures, keys)
+        yield from self._load(self.pictures, keys, device)
 
     def test(self, world: World) -> Iterator[Batch]:
         rows = range(world.rank, len(self.test_pictures.reader), world.size)
         keys = [
             [(("test",), row) for row in rows[i : i + TEST_BATCH]] for i in range(0, len(rows), TEST_BATCH)
         ]
-        yield from self._load(self.test_pictures, keys)
+        yield from self._load(self.test_pictures, keys, world.device)
 
-    def _load(self, pictures: Pictures, keys: Iterable[list[Any]]) -> Iterator[Batch]:
-        loader = DataLoader(
-            pictures,
-            batch_sampler=keys,
-            collate_fn=list,
-            generator=torch.Generator(),  # else it draws from the training's
-            num_workers=self.recipe.data.workers,
-            pin_memory=torch.cuda.is_available(),
-        )
+    def _load(self, pictures: Pictures, keys: Iterable[list[Any]], device: torch.device) -> Iterator[Batch]:
+        workers, own = self.recipe.data.workers, torch.Generator()  # else it draws from the training's
+        loader = DataLoader(pictures, batch_sampler=keys, collate_fn=list, num_workers=workers, generator=own)
         for items in loader:
             for item in items:
                 if isinstance(item, Unreadable):
@@ -220,7 +214,7 @@ class PictureImages(Images):
                     "No image of a batch can be read; repair the data, or make the batch larger."
                 )
             images, labels = zip(*whole, strict=True)
-            yield torch.stack(images), torch.stack(labels) if pictures.dense else torch.tensor(labels)
+            yield stacked(images, device), stacked(labels, device) if pictures.dense else torch.tensor(labels)
 
     def _report(self, item: Unreadable) -> None:
         self.unreadable.setdefault(item.path, item.why)
@@ -230,6 +224,12 @@ class PictureImages(Images):
                 f"{len(self.unreadable)} images cannot be read, data.max_corrupt is {limit}; the last: "
                 f"{item.path} ({item.why})."
             )
+
+
+def stacked(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Stack tensors; for a CUDA device in pinned memory, from which it copies while the host goes on."""
+    out = tensors[0].new_empty((len(tensors), *tensors[0].shape), pin_memory=device.type == "cuda")
+    return torch.stack(tuple(tensors), out=out)
 
 
 def allow_black(augment: Any) -> None:

@@ -6,6 +6,7 @@ forward and backward in training mode, no optimiser; bf16 and fp16 then mean aut
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FunctionType
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
+from evovit.errors import EvoViTError
 from evovit.model import ReducedViT
 
 MODES = ("eager", "compiled", "graphs")
@@ -128,35 +130,44 @@ def prepare(
     forward, subjects = forward_of(model, train), []
     if "eager" in modes:
         step = step_of(model, forward, dtype, batches, train)
-        warm_up(step, len(batches))
-        subjects.append(Subject("eager", step, "", _peak_of_step(model, batches, step)))
+        eager = _tried("eager", lambda: _warm("eager", model, batches, step))
+        subjects.append(eager._replace(graph_breaks=None, recompiles=None))
     others = [mode for mode in ("compiled", "graphs") if mode in modes]
     if not others:
         return subjects
     if others == ["graphs"] and not batches[0].images.is_cuda:
         return [*subjects, NO_GRAPHS]
-    forward = compiled(forward, name)
-    step = step_of(model, forward, dtype, batches, train)
-    try:
-        breaks, recompiles = warm_up(step, len(batches))
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # Dynamo's and Inductor's errors are RuntimeErrors
-        return [*subjects, *(Subject(mode, None, _in_short(error)) for mode in others)]
+    quick = compiled(forward, name)
+    quick_step = step_of(model, quick, dtype, batches, train)
+    subject = _tried("compiled", lambda: _warm("compiled", model, batches, quick_step))
+    if subject.step is None:
+        return [*subjects, *(subject._replace(mode=mode) for mode in others)]
     if "compiled" in modes:
-        peak = _peak_of_step(model, batches, step)
-        subjects.append(Subject("compiled", step, "", peak, breaks, recompiles))
-    if "graphs" in modes and not batches[0].images.is_cuda:
-        subjects.append(NO_GRAPHS)
-    elif "graphs" in modes:
-        try:
-            step, graph_peak = captured(model, forward, dtype, batches, train)
-            subjects.append(Subject("graphs", step, "", graph_peak, breaks, recompiles))
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            subjects.append(Subject("graphs", None, f"the capture failed: {_in_short(error)}"))
+        subjects.append(subject)
+
+    def graphs() -> Subject:
+        step, peak = captured(model, quick, dtype, batches, train)
+        return subject._replace(mode="graphs", step=step, peak_memory_mb=peak)
+
+    if "graphs" in modes:
+        on_cuda = batches[0].images.is_cuda
+        subjects.append(_tried("graphs", graphs, "the capture failed: ") if on_cuda else NO_GRAPHS)
     return subjects
+
+
+def _tried(mode: str, make: Callable[[], Subject], what: str = "") -> Subject:
+    """Return the subject, or one that says why there is none; memory and wrong input are the caller's."""
+    try:
+        return make()
+    except (torch.OutOfMemoryError, EvoViTError):
+        raise
+    except Exception as error:  # compiled code asserts, and a compiler raises what it likes
+        return Subject(mode, None, f"{what}{in_short(error)}")
+
+
+def _warm(mode: str, model: nn.Module, batches: Sequence[Batch], step: Step) -> Subject:
+    breaks, recompiles = warm_up(step, len(batches))
+    return Subject(mode, step, "", _peak_of_step(model, batches, step), breaks, recompiles)
 
 
 def warm_up(step: Step, num_batches: int) -> tuple[int, int]:
@@ -166,7 +177,7 @@ def warm_up(step: Step, num_batches: int) -> tuple[int, int]:
     first_breaks, first_graphs = _compile_counts()
     for i in range(1, max(WARM_UP_STEPS, num_batches)):
         step(i)
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
     return first_breaks - breaks, _compile_counts()[1] - first_graphs
 
@@ -184,17 +195,20 @@ def captured(
     """
     static = Batch(*(tensor.clone() for tensor in batches[0]))
     step = step_of(model, forward, dtype, [static], train)
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
+    home, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(home)
     with torch.cuda.stream(side):  # as PyTorch's notes on whole-network capture ask for
         warm_up(step, 1)
-    torch.cuda.current_stream().wait_stream(side)
+    home.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     held: list[Any] = []  # what the replay writes into
 
     def capture() -> None:
-        with torch.cuda.graph(graph):
-            held.append(step(0))
+        try:
+            with torch.cuda.graph(graph, stream=side):  # the stream whose cuBLAS workspace is there by now
+                held.append(step(0))
+        finally:
+            torch.cuda.set_stream(home)  # a capture that fails may leave its own stream current
 
     peak = _peak_memory_mb(model, static, capture)
     held.append([parameter.grad for parameter in model.parameters()])
@@ -217,6 +231,7 @@ def _peak_of_step(model: nn.Module, batches: Sequence[Batch], step: Step) -> flo
 
 def _peak_memory_mb(model: nn.Module, batch: Batch, run: Callable[[], object]) -> float:
     """Return the most memory that `run` needs, with the model's weights and one input, in MB (1e6 bytes)."""
+    gc.collect()
     model.zero_grad(set_to_none=True)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -232,5 +247,6 @@ def _compile_counts() -> tuple[int, int]:
     return sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
 
 
-def _in_short(error: Exception) -> str:
+def in_short(error: Exception) -> str:
+    """Return an error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

@@ -76,6 +76,8 @@ class Trainer:
     def fit(self) -> bool:
         """Train to the end; False if SIGTERM asked to stop before."""
         run = self.recipe.run
+        if self.world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # another training may have run in this process
         with stop_signal() as stop:
             if self.records:
                 self.records.start(self.update)
