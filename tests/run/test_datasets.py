@@ -111,6 +111,14 @@ def test_every_test_image_is_in_exactly_one_process(tmp_path: Path) -> None:
     assert sum(shares) == 12 and max(shares) - min(shares) == 1
 
 
+def test_reading_for_the_cpu_leaves_cuda_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a GPU, a training on the CPU must not open it; batches for it are not pinned."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    ((images, labels), *_) = read(open_images(recipe_for(write_images(tmp_path)), 24, COLOURS))[0]
+    assert images.shape == (4, 3, 24, 24) and labels.dtype == torch.int64
+    assert not torch.cuda.is_initialized()
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # timm keeps tar files open
 def test_tar_files_give_the_images_of_the_folder(tmp_path: Path) -> None:
     write_images(tmp_path)
