@@ -100,7 +100,7 @@ def _measure(
         try:
             write_trace(steps, setting.device, extras.trace)
             say(f"trace written to {extras.trace}")
-        except Exception as error:  # as above
+        except Exception as error:  # the times are taken
             notes = [*notes, f"no trace: {in_short(error)}"]
             say(notes[-1])
     return rows_of(setting, size, measured, notes)

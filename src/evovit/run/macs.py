@@ -161,9 +161,9 @@ def gmacs(model: nn.Module, image_shape: Sequence[int]) -> float:
         model: a host or a `ReducedViT`.
         image_shape: (channels, height, width).
     """
-    if not isinstance(model, ReducedViT):
-        model = ReducedViT(model, Dense(None, adapt(model).spec)).train(model.training)
-    host, method, ledger = model.model, model.method, Ledger()
+    host: nn.Module = model.model if isinstance(model, ReducedViT) else model
+    method = model.method if isinstance(model, ReducedViT) else Dense(None, adapt(host).spec)
+    ledger = Ledger()
     counting = ReducedViT(host, CountedMethod(method, ledger))
     counting.training = model.training  # its own flag; host and method keep theirs
     hooks = [hook for module in _layers(host, method) for hook in ledger.watch(module)]
