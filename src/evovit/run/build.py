@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,10 +156,13 @@ def _timm(
         raise EvoViTError(
             f"{key} is {name!r}, which timm does not know; {f'did you mean {near[0]!r}?' if near else ''}"
         )
+    make = partial(timm.create_model, name, pretrained=pretrained, num_classes=num_classes, **(extra or {}))
     try:
-        model: nn.Module = timm.create_model(
-            name, pretrained=pretrained, num_classes=num_classes, **(extra or {})
-        )
+        try:
+            model: nn.Module = make()
+        except NotImplementedError:  # timm below 1.0.30 reads numbers to build a RegNet: meta has none
+            with torch.device("cpu"):
+                model = make()
     except EvoViTError:
         raise
     except (TypeError, AssertionError, ValueError) as error:
