@@ -59,25 +59,28 @@ train.__doc__ = f"{_what}\n{describe_knobs()}\n\nArgs:\n{_arguments}"
 
 def train_one(recipe: Recipe, folder: Path, console: Console | None = None) -> nn.Module:
     """Train a recipe in a folder, or go on there; return the model as it is then."""
-    console = console or Console()
     with join_world(recipe.run.device) as world:
-        accumulation(recipe, world)
-        images, model = open_run(recipe)
-        if world.is_main:
-            prepare(recipe, folder, world)
-        world.wait()
-        trainer = Trainer(recipe, images, model, folder, world, console)
-        try:
-            finished = trainer.fit()
-        finally:
-            if trainer.records:
-                trainer.records.close()
-        if world.is_main:
-            if finished:
-                export(model, folder / "model")
-                console.print(f"{folder}: finished; weights in {folder / 'model'}", soft_wrap=True)
-            else:
-                console.print(f"{folder}: stopped and saved after update {trainer.update}", soft_wrap=True)
+        return _train(recipe, folder, world, console or Console())  # its trainer goes before the world does
+
+
+def _train(recipe: Recipe, folder: Path, world: World, console: Console) -> nn.Module:
+    accumulation(recipe, world)
+    images, model = open_run(recipe)
+    if world.is_main:
+        prepare(recipe, folder, world)
+    world.wait()
+    trainer = Trainer(recipe, images, model, folder, world, console)
+    try:
+        finished = trainer.fit()
+    finally:
+        if trainer.records:
+            trainer.records.close()
+    if world.is_main:
+        if finished:
+            export(model, folder / "model")
+            console.print(f"{folder}: finished; weights in {folder / 'model'}", soft_wrap=True)
+        else:
+            console.print(f"{folder}: stopped and saved after update {trainer.update}", soft_wrap=True)
     return model
 
 
