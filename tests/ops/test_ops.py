@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evovit.ops.score import attention_column_mean, class_attention, evolve, random_score
-from evovit.ops.select import put, split_top, take, with_prefix
+from evovit.ops.select import best_by_count, best_by_threshold, put, split_top, take, unique_keys, with_prefix
 from evovit.ops.update import representative
 from evovit.tokens import QKV
 
@@ -76,6 +76,22 @@ def test_split_orders_negative_tiny_and_huge_scores() -> None:
     score = torch.tensor([[-1e30, 3e38, -1e-30, 1e-38, -2.0, math.inf]])
     assert split_top(score, 2).rows.tolist() == [[1, 5]]
     assert split_top(score, 4).rows.tolist() == [[1, 2, 3, 5]]
+
+
+@pytest.mark.parametrize("num", [1, 7, 196, 1025])
+def test_counting_who_is_ahead_finds_the_same_as_the_threshold(num: int) -> None:
+    for score in (torch.randn(3, num), torch.randint(-2, 2, (3, num)) * 0.5, -torch.zeros(3, num)):
+        key = unique_keys(score)
+        for keep in {1, (num + 1) // 2, num}:
+            kept = best_by_count(key, keep)
+            assert kept.sum(-1).tolist() == [keep] * 3
+            assert torch.equal(kept, best_by_threshold(key, keep))
+
+
+def test_the_first_patch_tokens_can_be_asked_for_alone() -> None:
+    qkv = some_qkv(prefix=2, patches=6)
+    for measure in (class_attention, attention_column_mean):
+        assert torch.equal(measure(qkv, 2, 4), measure(qkv, 2)[:, :4])
 
 
 def test_put_undoes_take_and_leaves_its_input() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from evovit.ops.select import split_top
 from evovit.run import subject as subjects
 from evovit.run.benchmark import Extras, measure
 from evovit.run.profile import profile
@@ -19,6 +20,15 @@ EVO = Variant("evo_vit", {"keep_ratio": 0.5})
 def setting(**changes: Any) -> Setting:
     shared: dict[str, Any] = {"model": "test_vit", "device": "cuda", "dtype": "bf16", "batch": 2, "rounds": 2}
     return Setting(**shared | changes)
+
+
+@pytest.mark.parametrize("num", [7, 196, 1025])
+def test_a_gpu_keeps_the_tokens_a_cpu_keeps(num: int) -> None:
+    score = torch.randint(-50, 50, (3, num)) / 50
+    compiled = torch.compile(split_top, fullgraph=True, dynamic=False)
+    for find in (split_top, compiled):
+        found, expected = find(score.cuda(), (num + 1) // 2), split_top(score, (num + 1) // 2)
+        assert torch.equal(found.kept.cpu(), expected.kept) and torch.equal(found.rows.cpu(), expected.rows)
 
 
 @pytest.mark.parametrize("train", [False, True])

@@ -87,7 +87,7 @@ class EvoLeViT(Method):
         tokens, qkv = block.attend(tokens)
         if self.is_read(number):
             trade_off = self.old_weight(self.learn_tradeoff[number])
-            tokens = score_awake(tokens, self.measure(qkv, tokens.num_prefix), trade_off)
+            tokens = score_awake(tokens, self.measure(qkv, tokens), trade_off)
         return block.ffn(tokens)
 
     def enter_stage(self, stage: Stage, tokens: Tokens) -> Tokens:
@@ -99,7 +99,7 @@ class EvoLeViT(Method):
         if not self.is_read(number - 1):
             return tokens.change(carry=Waiting())
         stride = stage.enter.stride
-        new = even_cells(self.measure(qkv, tokens.num_prefix), grid, stride)
+        new = even_cells(self.measure(qkv, tokens), grid, stride)
         trade_off = self.old_weight(self.enter_tradeoff[self.firsts.index(number) - 1])
         score = evolve(even_cells(old, grid, stride), new, trade_off)
         total = old.sum(-1, keepdim=True)  # stays what it was, so that old and new scores compare
@@ -118,9 +118,9 @@ class EvoLeViT(Method):
         later = range(number + 1, self.spec.depth)
         return any(self.selects(n) and self.schedule.ratios[n] < 1 for n in later)
 
-    def measure(self, qkv: QKV, num_prefix: int) -> Tensor:
-        """Return the score of each patch token, (B, N) float32; a gradient flows where it weighs tokens."""
-        score = SCORES[self.config.selection](qkv, num_prefix)
+    def measure(self, qkv: QKV, tokens: Tokens) -> Tensor:
+        """Return the score of each awake token, (B, K) float32; a gradient flows where it weighs tokens."""
+        score = SCORES[self.config.selection](qkv, tokens.num_prefix, tokens.carry.num_awake)
         return score if self.config.fast_update else score.detach()
 
     def old_weight(self, learnt: Tensor) -> Tensor | float:

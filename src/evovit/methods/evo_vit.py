@@ -97,7 +97,7 @@ class EvoViT(Method):
         measure = SCORES.get(self.config.selection)
         if measure is None or not self.schedule.reads_score(number, self.stage_length, self.trade_off):
             return tokens
-        new = measure(qkv, tokens.num_prefix)
+        new = measure(qkv, tokens.num_prefix, tokens.carry.num_awake)
         new = new if self.config.fast_update else new.detach()  # it weighs tokens (eq. 5), or only ranks them
         return score_awake(tokens, new, self.trade_off[number])
 

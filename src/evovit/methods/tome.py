@@ -74,13 +74,13 @@ class ToMe(Method):
         metric = keys[:, :, tokens.num_prefix :].mean(1)
         match = match_tokens(metric, removed, first=tokens.num_prefix % 2)
         size = torch.ones_like(tokens.index, dtype=torch.float32) if tokens.size is None else tokens.size
-        merged = merge_sizes(size, match)
+        merged, moved = merge_sizes(size, match), match.moved
         patches = merge_tokens(tokens.patches, size, merged, match)
         return tokens.change(
             x=torch.cat((tokens.prefix, patches), dim=1),
             index=tokens.index.gather(1, match.rows),
             size=merged,
-            carry=Merged(match.moved.gather(1, tokens.carry.source) if tokens.carry else match.moved),
+            carry=Merged(moved.gather(1, tokens.carry.source) if tokens.carry else moved),
         )
 
     def finish(self, tokens: Tokens) -> Tokens:

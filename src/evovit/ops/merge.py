@@ -15,7 +15,7 @@ class Match(NamedTuple):
     """R of N tokens, the sources, that merge, each into one of the other set of M; all int64 but `joins`."""
 
     order: Tensor  # (B, N) rows: the first set's that stay, ascending, the other set's, then the sources
-    moved: Tensor  # (B, N), the new row of every old one
+    new: Tensor  # (B, N), the row among those left of each token in `order`
     joins: Tensor  # (B, M, R) bool, whether a token of the other set takes a source in
 
     @property
@@ -31,7 +31,12 @@ class Match(NamedTuple):
     @property
     def targets(self) -> Tensor:
         """(B, R) rows; several sources may share one."""
-        return self.order.gather(1, self.moved.gather(1, self.sources))
+        return self.order.gather(1, self.new[:, self.order.shape[1] - self.joins.shape[2] :])
+
+    @property
+    def moved(self) -> Tensor:
+        """(B, N), the row among those left of each token in its old order."""
+        return torch.zeros_like(self.order).scatter(1, self.order, self.new)
 
 
 def match_tokens(metric: Tensor, removed: int, first: int) -> Match:
@@ -57,15 +62,15 @@ def match_tokens(metric: Tensor, removed: int, first: int) -> Match:
     places = torch.arange(num, device=metric.device)
     second = places[other::2].expand(metric.shape[0], -1)
     order = torch.cat((stay * 2 + first, second, sources * 2 + first), dim=1)
-    left = places[: num - removed].expand(metric.shape[0], -1)
-    new = torch.cat((left, joined + stay.shape[1]), dim=1)  # row of each token in `order`
+    ahead = places[num - removed :] - (joined + stay.shape[1])  # (B, R), a source goes back to its target
+    new = places - F.pad(ahead, (num - removed, 0))
     joins = joined.unsqueeze(1) == places[: second.shape[1], None]
-    return Match(order, torch.zeros_like(order).scatter(1, order, new), joins)
+    return Match(order, new, joins)
 
 
 def merge_sizes(size: Tensor, match: Match) -> Tensor:
     """Return how many patches each token left stands for, (B, N - R), from `size` (B, N)."""
-    return size.new_zeros(match.rows.shape).scatter_add(1, match.moved, size)
+    return size.new_zeros(match.rows.shape).scatter_add(1, match.new, size.gather(1, match.order))
 
 
 def merge_tokens(x: Tensor, size: Tensor, merged: Tensor, match: Match) -> Tensor:
@@ -77,8 +82,8 @@ def merge_tokens(x: Tensor, size: Tensor, merged: Tensor, match: Match) -> Tenso
         x: (B, N, C).
         size: (B, N) float32, and `merged` (B, N - R), what `merge_sizes` makes of it.
     """
-    share = (size / merged.gather(1, match.moved)).to(x.dtype)  # (B, N)
-    x = take(x * share.unsqueeze(-1), match.order)
+    share = (size.gather(1, match.order) / merged.gather(1, match.new)).to(x.dtype)  # (B, N)
+    x = take(x, match.order) * share.unsqueeze(-1)
     num_targets, num_sources = match.joins.shape[1:]
     parts = [x.shape[1] - num_targets - num_sources, num_targets, num_sources]
     stay, targets, sources = torch.split(x, parts, dim=1)

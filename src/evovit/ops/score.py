@@ -19,15 +19,23 @@ def class_logits(qkv: QKV) -> Tensor:
     return logits if qkv.bias is None else logits + qkv.bias[:, :, 0].float()
 
 
-def class_attention(qkv: QKV, num_prefix: int) -> Tensor:
+def class_attention(qkv: QKV, num_prefix: int, count: int | None = None) -> Tensor:
     """Return the class token's attention to the patch tokens, mean over heads (Evo-ViT eq. 3; one query row).
 
     The softmax runs over all keys, prefix included.
 
+    Args:
+        count: N, the patch tokens asked for, from the first on; None: all.
+
     Returns:
         (B, N) float32, each in [0, 1].
     """
-    return class_logits(qkv).softmax(-1)[..., num_prefix:].mean(1).float()
+    return class_logits(qkv).softmax(-1)[..., patches(num_prefix, count)].mean(1).float()
+
+
+def patches(num_prefix: int, count: int | None) -> slice:
+    """Return where the first `count` patch tokens stand behind the prefix; None: all."""
+    return slice(num_prefix, None if count is None else num_prefix + count)
 
 
 def class_logit_mean(qkv: QKV, num_prefix: int) -> Tensor:
@@ -39,11 +47,14 @@ def class_logit_mean(qkv: QKV, num_prefix: int) -> Tensor:
     return class_logits(qkv)[..., num_prefix:].mean(1).float()
 
 
-def attention_column_mean(qkv: QKV, num_prefix: int) -> Tensor:
+def attention_column_mean(qkv: QKV, num_prefix: int, count: int | None = None) -> Tensor:
     """Return the attention each patch token receives, mean over heads and queries (Evo-ViT, table 4).
 
     For hosts without a class token. The column sums need every row, so the weights are formed one head at a
     time: (B, T, T) float32 is the peak.
+
+    Args:
+        count: N, the patch tokens asked for, from the first on; None: all.
 
     Returns:
         (B, N) float32, each in [0, 1].
@@ -54,7 +65,7 @@ def attention_column_mean(qkv: QKV, num_prefix: int) -> Tensor:
         if qkv.bias is not None:
             logits = logits + qkv.bias[:, min(head, qkv.bias.shape[1] - 1)].float()
         total = total + logits.softmax(-1).mean(1)  # (B, T)
-    return total[:, num_prefix:] / qkv.q.shape[1]
+    return total[:, patches(num_prefix, count)] / qkv.q.shape[1]
 
 
 def evolve(old: Tensor | None, new: Tensor, trade_off: float | Tensor) -> Tensor:

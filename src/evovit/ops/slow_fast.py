@@ -24,6 +24,11 @@ class Waiting(NamedTuple):
     before: Tokens | None = None  # all tokens as the stage found them
     summary: Tensor | None = None  # (B, 1, C), the representative token as the stage found it
 
+    @property
+    def num_awake(self) -> int | None:
+        """K, the patch tokens that are awake; None while all are."""
+        return None if self.awake is None else self.awake.shape[1]
+
 
 def part(tokens: Tokens, score: Tensor, keep: int, summarise: bool) -> Tokens:
     """Let the `keep` best patch tokens go on, in raster order; the placeholders wait.
@@ -36,8 +41,8 @@ def part(tokens: Tokens, score: Tensor, keep: int, summarise: bool) -> Tokens:
     rows = with_prefix(split.rows, tokens.num_prefix)
     x, index, summary = take(tokens.x, rows), tokens.index.gather(1, split.rows), None
     if summarise:
-        summary = representative(tokens.patches, score, split.kept)
-        x, index = torch.cat((x, summary), 1), F.pad(index, (0, 1), value=-1)
+        x = torch.cat((x, representative(tokens.patches, score, split.kept)), 1)
+        summary, index = x[:, -1:], F.pad(index, (0, 1), value=-1)
     awake = score.gather(1, split.rows)
     return tokens.change(x=x, index=index, carry=Waiting(score, split, rows, awake, tokens, summary))
 
@@ -46,14 +51,13 @@ def score_awake(tokens: Tokens, new: Tensor, trade_off: float | Tensor) -> Token
     """Evolve the score of those who took part (eq. 4); the first score is taken as it is.
 
     Args:
-        new: (B, N) float32, score of every patch token of the block; the representative token's is dropped.
+        new: (B, K) float32, score of the awake; (B, N) while all are.
         trade_off: weight of the old score, a number or a tensor of one.
     """
     state: Waiting = tokens.carry
     if state.awake is None:
         return tokens.change(carry=state._replace(score=evolve(state.score, new, trade_off)))
-    awake = evolve(state.awake, new[:, : state.awake.shape[1]], trade_off)
-    return tokens.change(carry=state._replace(awake=awake))
+    return tokens.change(carry=state._replace(awake=evolve(state.awake, new, trade_off)))
 
 
 def rejoin(tokens: Tokens) -> Tokens:
