@@ -33,7 +33,7 @@ def schedule(r: Any) -> dict[str, Any]:
 
 def merge_all(x: Tensor, size: Tensor, match: Match) -> Tensor:
     """Return merged tokens (B, N - R, C)."""
-    return merge_tokens(x, size, merge_sizes(size, match), match)
+    return merge_tokens(x, merge_sizes(size, match)[1], match)
 
 
 def load_case(golden: Golden, case: dict[str, Any]) -> evovit.ReducedViT:
@@ -106,10 +106,10 @@ def test_matching_equals_the_official_unit(unit: dict[str, Any]) -> None:
     ones = torch.ones_like(size)
     values = {
         "wavg_x": merge_all(x, size, match),
-        "wavg_size": merge_sizes(size, match)[..., None],
+        "wavg_size": merge_sizes(size, match)[0][..., None],
         "merged_mean": merge_all(x, ones, match),
         "wavg_nosize_x": merge_all(x, ones, match),
-        "wavg_nosize_size": merge_sizes(ones, match)[..., None],
+        "wavg_nosize_size": merge_sizes(ones, match)[0][..., None],
         "source": F.one_hot(match.moved, match.rows.shape[1]).transpose(1, 2).float(),
     }
     # without a class token the official rows that stay are ordered by similarity: compare in our order

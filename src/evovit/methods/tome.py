@@ -74,8 +74,8 @@ class ToMe(Method):
         metric = keys[:, :, tokens.num_prefix :].mean(1)
         match = match_tokens(metric, removed, first=tokens.num_prefix % 2)
         size = torch.ones_like(tokens.index, dtype=torch.float32) if tokens.size is None else tokens.size
-        merged, moved = merge_sizes(size, match), match.moved
-        patches = merge_tokens(tokens.patches, size, merged, match)
+        merged, share = merge_sizes(size, match)
+        patches, moved = merge_tokens(tokens.patches, share, match), match.moved
         return tokens.change(
             x=torch.cat((tokens.prefix, patches), dim=1),
             index=tokens.index.gather(1, match.rows),

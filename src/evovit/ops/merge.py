@@ -62,28 +62,36 @@ def match_tokens(metric: Tensor, removed: int, first: int) -> Match:
     places = torch.arange(num, device=metric.device)
     second = places[other::2].expand(metric.shape[0], -1)
     order = torch.cat((stay * 2 + first, second, sources * 2 + first), dim=1)
-    ahead = places[num - removed :] - (joined + stay.shape[1])  # (B, R), a source goes back to its target
-    new = places - F.pad(ahead, (num - removed, 0))
+    back = places[num - removed :] - (joined + stay.shape[1])  # a source goes where its target is
+    new = places - F.pad(back, (num - removed, 0))  # no `cat`: Inductor would not fuse it on GPUs
     joins = joined.unsqueeze(1) == places[: second.shape[1], None]
     return Match(order, new, joins)
 
 
-def merge_sizes(size: Tensor, match: Match) -> Tensor:
-    """Return how many patches each token left stands for, (B, N - R), from `size` (B, N)."""
-    return size.new_zeros(match.rows.shape).scatter_add(1, match.new, size.gather(1, match.order))
+def merge_sizes(size: Tensor, match: Match) -> tuple[Tensor, Tensor]:
+    """Return how many patches each token left stands for, and what share of it every token has.
+
+    Args:
+        size: (B, N) float32, of all tokens.
+
+    Returns:
+        (B, N - R) and (B, N) float32, the second in the match's order.
+    """
+    ordered = size.gather(1, match.order)
+    merged = size.new_zeros(match.rows.shape).scatter_add(1, match.new, ordered)
+    return merged, ordered / merged.gather(1, match.new)
 
 
-def merge_tokens(x: Tensor, size: Tensor, merged: Tensor, match: Match) -> Tensor:
+def merge_tokens(x: Tensor, share: Tensor, match: Match) -> Tensor:
     """Return the tokens left, (B, N - R, C): a target becomes the size-weighted mean of all that join it.
 
     Written as one small matrix product, so that it gives the same bits on every run.
 
     Args:
         x: (B, N, C).
-        size: (B, N) float32, and `merged` (B, N - R), what `merge_sizes` makes of it.
+        share: (B, N), of `merge_sizes`.
     """
-    share = (size.gather(1, match.order) / merged.gather(1, match.new)).to(x.dtype)  # (B, N)
-    x = take(x, match.order) * share.unsqueeze(-1)
+    x = take(x, match.order) * share.to(x.dtype).unsqueeze(-1)
     num_targets, num_sources = match.joins.shape[1:]
     parts = [x.shape[1] - num_targets - num_sources, num_targets, num_sources]
     stay, targets, sources = torch.split(x, parts, dim=1)
