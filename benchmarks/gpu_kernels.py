@@ -4,7 +4,8 @@
 
 The forward is exported, put on a pretended H200 and given to Inductor, whose program is counted: Triton
 kernels, kernels of libraries (products, fused attention) and the bytes that all of them read and write by
-Inductor's own account, each buffer once per kernel. Rests on internals of PyTorch; tried with 2.11 and 2.15.
+Inductor's own account, which may charge a kernel for more of a buffer than it reads. Rests on internals of
+PyTorch; tried with 2.11 and 2.15. What PyTorch once believes it remembers: for a process of its own.
 """
 
 from __future__ import annotations
@@ -150,6 +151,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--code", type=Path, help="folder for the programs")
     options = parser.parse_args()
+    if options.code:
+        options.code.mkdir(parents=True, exist_ok=True)
     print(f"{options.model}, bf16, batch {options.batch}, torch {torch.__version__}: kernels, MiB moved")
     for number, variant in enumerate([None, *parse_variants(options.methods, [])]):
         model = timm.create_model(options.model).eval()

@@ -5,9 +5,13 @@ A bound may sink freely; raising one needs a reason and a measurement.
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,6 +132,29 @@ def test_generated_kernels_stay_within_their_bound(mode: str, bound: int) -> Non
     with torch.inference_mode():
         torch.compile(reduced(mode, True))(images(0))
     assert 0 < metrics.generated_kernel_count <= bound
+
+
+ON_GPU = {  # Triton kernels, a tenth above the count, and library calls; `test_vit`, 6 blocks
+    "evo_vit:start_block=2,stage_length=2": (44, 35),
+    "evo_vit:start_block=2,mode=layer": (63, 37),
+    "evit:blocks=[2]": (30, 34),
+    "tome:r=8": (87, 45),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not torch.__version__.startswith(("2.11.", "2.15.")), reason="rests on internals of PyTorch 2.11 and 2.15"
+)
+def test_a_gpu_would_run_few_extra_kernels_and_none_where_nothing_is_reduced() -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "gpu_kernels.py"
+    words = ["evo_vit:keep_ratio=1.0", *ON_GPU, "--model=test_vit", "--batch=8"]
+    done = subprocess.run([sys.executable, script, *words], check=True, capture_output=True, text=True)
+    counts = [(int(a), int(b)) for a, b in re.findall(r": (\d+) Triton \+ (\d+),", done.stdout)]
+    dense, nothing, *others = counts
+    assert dense == nothing and min(dense) >= 18
+    for (triton, library), bounds in zip(others, ON_GPU.values(), strict=True):
+        assert triton <= bounds[0] and library <= bounds[1]
 
 
 def test_multiply_accumulates_stay_what_they_are() -> None:
