@@ -52,7 +52,7 @@ _FUSED_OPERATORS = (  # an `addmm` or `convolution` in a name is its bias or lay
 _ATEN_OPERATORS = (
     ("attention", r"scaled_dot_product|flash_attention|efficient_attention"),
     _LOSS,
-    ("selection", r"topk|sort|cumsum|bitwise|::ge$|::eq$|arange|::where|shift|_and__|_xor_"),
+    ("selection", r"topk|sort|cumsum|bitwise|::[gl][te]$|::eq$|arange|::where|shift|_and__|_xor_"),
     ("score", r"softmax|bmm|gemv|::mv$|::dot$"),
     ("projections", r"addmm|::mm$|linear|convolution|matmul"),
     ("data movement", r"index|gather|scatter|::cat$|copy|clone|contiguous|::fill_|::zero_|repeat|stack"),
