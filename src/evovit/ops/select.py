@@ -9,9 +9,7 @@ from torch import Tensor
 
 from evovit.tokens import QKV
 
-COUNTED = (
-    1024  # up to so many tokens a GPU counts who is ahead; beyond, N^2 comparisons cost more than they save
-)
+COUNTED = 1024  # up to so many tokens a GPU counts who is ahead: N^2 comparisons; not timed yet
 
 
 class Split(NamedTuple):
