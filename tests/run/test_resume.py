@@ -52,6 +52,16 @@ def test_killed_runs_end_bit_identical(tmp_path: Path, undisturbed: Outcome) -> 
     assert not list(folder.glob("**/.*.tmp"))
 
 
+def test_what_a_kill_left_half_written_is_removed(tmp_path: Path) -> None:
+    recipe, folder = small(tmp_path), tmp_path / "run"
+    train_here(recipe, folder)
+    left = [folder / place / ".file.1.tmp" for place in ("", "model", "checkpoints")]
+    for path in left:
+        path.write_bytes(b"half")
+    train_here(recipe, folder)
+    assert not any(path.exists() for path in left) and list(folder.glob("model/*.safetensors"))
+
+
 @pytest.mark.slow
 def test_twenty_kills_end_bit_identical(tmp_path: Path, undisturbed: Outcome) -> None:
     total, seed = 0, 1

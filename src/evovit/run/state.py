@@ -116,11 +116,12 @@ def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left half written."""
-    for path in folder.glob(".*.tmp"):
+    """Remove what a killed process left half written in the folder of a run."""
+    for path in folder.glob("**/.*.tmp"):
         path.unlink(missing_ok=True)
-    whole = {path.stem for path in folder.glob("*.json")}
-    for path in folder.glob("*.safetensors"):
+    checkpoints = folder / FOLDER
+    whole = {path.stem for path in checkpoints.glob("*.json")}
+    for path in checkpoints.glob("*.safetensors"):
         if path.stem not in whole:
             path.unlink()
 

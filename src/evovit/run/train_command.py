@@ -94,7 +94,7 @@ def prepare(recipe: Recipe, folder: Path, world: World) -> None:
                 f"{str(folder)!r} holds a run of another recipe ({'; '.join(changed[:5])}); give another "
                 "--out, or move it away."
             )
-        state.remove_leftovers(folder / state.FOLDER)
+        state.remove_leftovers(folder)
     try:
         (folder / state.FOLDER).mkdir(parents=True, exist_ok=True)
         around = json.dumps(surroundings(world), indent=2)
