@@ -104,9 +104,12 @@ class OnGpu(fx.Interpreter):
 
 def on_gpu(graph: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
     """Return an exported graph as a GPU runs it, decomposed, and its inputs; call in a fake mode."""
+
+    def moved(value: Any) -> Any:
+        return fx.node.map_aggregate(value, lambda a: CUDA if isinstance(a, torch.device) else a)
+
     for node in graph.graph.nodes:
-        node.args = fx.node.map_aggregate(node.args, lambda a: CUDA if isinstance(a, torch.device) else a)
-        node.kwargs = fx.node.map_aggregate(node.kwargs, lambda a: CUDA if isinstance(a, torch.device) else a)
+        node.args, node.kwargs = moved(node.args), moved(node.kwargs)
     values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     inputs = [torch.empty(v.shape, dtype=v.dtype, device=CUDA) for v in values]
     table = select_decomp_table() | {ATEN.index_select.default: select_rows}

@@ -111,7 +111,7 @@ class EvoViT(Method):
     def finish(self, tokens: Tokens) -> Tokens:
         if self.config.rejoin_last or tokens.carry.split is None:
             return self.join(tokens)
-        count = tokens.carry.awake.shape[1]
+        count = tokens.carry.num_awake
         return tokens.change(x=tokens.x[:, : tokens.num_prefix + count], index=tokens.index[:, :count])
 
     def current_config(self) -> Any:

@@ -19,19 +19,24 @@ class Match(NamedTuple):
     joins: Tensor  # (B, M, R) bool, whether a token of the other set takes a source in
 
     @property
+    def num_left(self) -> int:
+        """N - R."""
+        return self.order.shape[1] - self.joins.shape[2]
+
+    @property
     def rows(self) -> Tensor:
         """(B, N - R) rows of the tokens that are left, in their new order."""
-        return self.order[:, : self.order.shape[1] - self.joins.shape[2]]
+        return self.order[:, : self.num_left]
 
     @property
     def sources(self) -> Tensor:
         """(B, R) rows, the most similar first."""
-        return self.order[:, self.order.shape[1] - self.joins.shape[2] :]
+        return self.order[:, self.num_left :]
 
     @property
     def targets(self) -> Tensor:
         """(B, R) rows; several sources may share one."""
-        return self.order.gather(1, self.new[:, self.order.shape[1] - self.joins.shape[2] :])
+        return self.order.gather(1, self.new[:, self.num_left :])
 
     @property
     def moved(self) -> Tensor:

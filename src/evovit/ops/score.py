@@ -30,10 +30,10 @@ def class_attention(qkv: QKV, num_prefix: int, count: int | None = None) -> Tens
     Returns:
         (B, N) float32, each in [0, 1].
     """
-    return class_logits(qkv).softmax(-1)[..., patches(num_prefix, count)].mean(1).float()
+    return class_logits(qkv).softmax(-1)[..., _patches(num_prefix, count)].mean(1).float()
 
 
-def patches(num_prefix: int, count: int | None) -> slice:
+def _patches(num_prefix: int, count: int | None) -> slice:
     """Return where the first `count` patch tokens stand behind the prefix; None: all."""
     return slice(num_prefix, None if count is None else num_prefix + count)
 
@@ -65,7 +65,7 @@ def attention_column_mean(qkv: QKV, num_prefix: int, count: int | None = None) -
         if qkv.bias is not None:
             logits = logits + qkv.bias[:, min(head, qkv.bias.shape[1] - 1)].float()
         total = total + logits.softmax(-1).mean(1)  # (B, T)
-    return total[:, patches(num_prefix, count)] / qkv.q.shape[1]
+    return total[:, _patches(num_prefix, count)] / qkv.q.shape[1]
 
 
 def evolve(old: Tensor | None, new: Tensor, trade_off: float | Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def rejoin(tokens: Tokens) -> Tokens:
     state, num_prefix = tokens.carry, tokens.num_prefix
     if state.split is None:
         return tokens
-    x, count = state.before.x, num_prefix + state.awake.shape[1]
+    x, count = state.before.x, num_prefix + state.num_awake
     if state.summary is not None:
         x = x + (tokens.x[:, count:] - state.summary)
     x = put(x, state.rows, tokens.x[:, :count])

@@ -117,7 +117,7 @@ def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed process left half written in the folder of a run."""
-    for path in folder.glob("**/.*.tmp"):
+    for path in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
         path.unlink(missing_ok=True)
     checkpoints = folder / FOLDER
     whole = {path.stem for path in checkpoints.glob("*.json")}
