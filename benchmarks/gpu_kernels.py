@@ -32,8 +32,8 @@ from torch._subclasses import fake_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from evovit import reduce_tokens
+from evovit.commands.bench import parse_variants
 from evovit.ops import select
-from evovit.run.bench import parse_variants
 
 ATEN = torch.ops.aten
 CUDA = torch.device("cuda", 0)

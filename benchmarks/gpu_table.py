@@ -29,9 +29,9 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 
-from evovit.run.benchmark import Extras, measure
-from evovit.run.row import Row
-from evovit.run.setting import Setting, Variant
+from evovit.bench.row import Row
+from evovit.bench.setting import Setting, Variant
+from evovit.bench.timing import Extras, measure
 
 WARM_LIMIT = 240.0  # seconds
 SMALL, BASE = "deit_small_patch16_224", "deit_base_patch16_224"

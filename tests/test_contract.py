@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import evovit
+from evovit.checkpoints.reduced import load_reduced, save_reduced
 from evovit.methods import find_method
-from evovit.run.checkpoint import load_reduced, save_reduced
-from evovit.run.objective import Objective
-from evovit.run.recipe import ObjectiveTable
+from evovit.recipe.tables import ObjectiveTable
+from evovit.train.objective import Objective
 from tests.conftest import HOSTS, make_host, pictures
 
 METHODS = evovit.list_methods()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from evovit.data import SOURCE_SIZE, Scenes, _enlarge, _ink_boxes, colours, digit_scenes, digits
+from evovit.data.digits import SOURCE_SIZE, Scenes, _enlarge, _ink_boxes, colours, digit_scenes, digits
 from evovit.errors import EvoViTError
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import evovit
 from evovit.models.levit_cls import LevitCls
-from evovit.run.small_vit import small_vit
+from evovit.models.small_vit import small_vit
 from tests.backbones import test_levit_cls, test_timm_levit
 from tests.backbones.test_timm_levit import alive
 from tests.conftest import TINY, make_host, pictures

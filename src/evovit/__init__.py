@@ -1,113 +1,101 @@
 """evovit: vision transformers that spend compute only where it matters.
 
-The map, in reading order; imports go upwards in this list only.
+The map, from the ground up; imports go upwards in this list only.
 
 Model road: image -> tokens -> score -> select -> update -> head
-  errors                          the one exception for wrong input
-  tokens                          Tokens, the state between two blocks; QKV, what attention saw
-  ops                             pure tensor functions
-  ops.score                       how informative is a token: class attention, column mean, running score
-  ops.select                      which tokens go on: the best, taken and put back
-  ops.update                      what becomes of the others: the representative token
-  ops.slow_fast                   the slow and the fast update: part, score, rejoin
-  ops.merge                       which tokens are alike, and what they become together
-  ops.distance                    training losses between tokens
-  ops.mask                        masked attention and sampled decisions, for training
-  schedule                        how many tokens each block keeps
-  backbones                       adapt(model): finds a host's adapter; check_adapter: proves it
-  backbones.base                  what a host offers: embed, stages of block views, norm, head
-  backbones.timm_blocks           views of timm's pre-norm and post-norm blocks
-  backbones.timm_parallel_blocks  views of its parallel blocks
-  backbones.timm_vit              ViT, DeiT, DeiT-III, CLIP, SigLIP, DINOv2
-  backbones.timm_rope_blocks      views of blocks with rotary positions
-  backbones.timm_levit_blocks     views of LeViT's blocks and of its down-sampling
-  backbones.timm_levit            LeViT
-  backbones.levit_cls             LeViT with a class token and absolute positions
-  backbones.timm_rope             EVA, EVA-02, DINOv3, Perception Encoder
-  backbones.lv_vit                LV-ViT and SiT's backbones
-  methods                         the registry
-  methods.base                    what a method is
-  methods.evo_vit                 Evo-ViT
-  methods.evo_levit               Evo-LeViT
-  methods.evit                    EViT
-  methods.tome                    ToMe
-  methods.idle_vit                IdleViT
-  methods.dynamic_vit             DynamicViT
-  methods.sit                     SiT
-  methods.keep                    plain baselines: top-k, random, even
-  methods.subsample               pooling and convolution, for comparison
-  model                           ReducedViT, the loop; reduce_tokens, the door
-  models                          named models, also in timm's registry
-  models.named                    what named models share
-  models.evo_deit                 Evo-DeiT, as released
-  models.levit_cls                the dense host of Evo-LeViT
-  models.evo_levit                Evo-LeViT, as released
-  models.lv_vit                   LV-ViT
-  models.sit                      SiT and its backbones
-  fuse                            batch norms folded into the layers beside them
-  visualize                       which patches were kept, as masks and pictures
-  data                            digit scenes: built-in images with known boxes
+  errors       the one exception for wrong input, and the words its sentences share
+  options      options declared once: type, range, default, meaning
+  tokens       Tokens, the state between two blocks; QKV, Outputs, Taught
+  ops          pure tensor functions: score, select, update, merge, mask, distance
+  schedule     how many tokens each block keeps
+  backbones    one host family a file: embed, stages of block views, norm, head; check_adapter proves it
+  methods      one paper a file; the registry
+  model        ReducedViT, the loop; reduce_tokens, the door
+  models       named models, also in timm's registry
+  macs         multiply-accumulates of one image
+  fuse         batch norms folded into the layers beside them
+  visualize    which patches were kept, as masks and pictures
 
 Run road: recipe -> numbers
-  run                             everything below
-  run.files                       reading weights safely, writing files whole
-  run.checkpoint                  save_reduced, load_reduced
-  run.official_size               the image size of an official checkpoint
-  run.official_lv_vit             official checkpoints in LV-ViT's layout
-  run.official                    load_official: checkpoints of the official implementations
-  run.official_levit              those of LeViT and Evo-LeViT
-  run.macs                        multiply-accumulates, by formula and counted
-  run.row                         one row of a benchmark: ratios and their noise
-  run.setting                     what a benchmark compares
-  run.subject                     a model made ready to be timed
-  run.benchmark                   timing, dense and reduced in turn
-  run.profile                     where the time goes
-  run.bench_report                what a benchmark leaves behind
-  run.bench                       `evovit bench`
-  run.recipe                      what a training is, knob by knob
-  run.config                      recipes from TOML, overrides, complete checks
-  run.shards                      WebDataset shards by row
-  run.dense_labels                labels of patches, from files
-  run.datasets                    images and labels
-  run.build                       from a recipe to model, teacher, optimisers
-  run.token_labels                a label for every patch token; MixToken
-  run.objective                   images and targets to named loss terms
-  run.world                       the processes of one training
-  run.state                       checkpoints that vouch for themselves
-  run.records                     what a training writes down
-  run.evaluate                    accuracy; `evovit eval`
-  run.trainer                     the training loop
-  run.train_command               `evovit train`
-  run.runs_report                 `evovit report`
-  run.compare_report              what a comparison leaves behind
-  run.compare                     `evovit compare`
-  run.small_vit                   the quickstart's model
-  run.report                      models side by side, in one HTML file
-  run.quickstart                  `evovit quickstart`
-  cli                             the command line
+  runtime      files, processes, seeds, environment
+  recipe       what a training is: tables, reading, and the recipes that come with the package
+  hosts        a host by its name, or one sentence
+  data         images and labels: digit scenes, folders, shards
+  checkpoints  save_reduced and load_reduced; the authors' checkpoints
+  bench        how fast: dense and reduced timed in turn
+  train        the training of one recipe: build, objective, loop, checkpoints, records
+  study        several recipes trained, tested and timed side by side
+  report       tables, plots and pages
+  commands     one file a command
+  cli          the command line
 """
 
-from evovit.backbones import check_adapter, list_hosts
-from evovit.errors import EvoViTError
-from evovit.fuse import fuse_batch_norm
-from evovit.methods import list_methods
-from evovit.model import Outputs, ReducedViT, reduce_tokens
-from evovit.models import create_model, list_models
-from evovit.run.checkpoint import load_reduced, save_reduced
-from evovit.run.official import load_official
+from __future__ import annotations
 
-__all__ = [
-    "EvoViTError",
-    "Outputs",
-    "ReducedViT",
-    "check_adapter",
-    "create_model",
-    "fuse_batch_norm",
-    "list_hosts",
-    "list_methods",
-    "list_models",
-    "load_official",
-    "load_reduced",
-    "reduce_tokens",
-    "save_reduced",
-]
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+if TYPE_CHECKING:
+    from evovit.backbones import check_adapter as check_adapter
+    from evovit.backbones import list_hosts as list_hosts
+    from evovit.checkpoints.official import load_official as load_official
+    from evovit.checkpoints.reduced import load_reduced as load_reduced
+    from evovit.checkpoints.reduced import save_reduced as save_reduced
+    from evovit.data.digits import digit_scenes as digit_scenes
+    from evovit.errors import EvoViTError as EvoViTError
+    from evovit.fuse import fuse_batch_norm as fuse_batch_norm
+    from evovit.macs import gmacs as gmacs
+    from evovit.methods import list_methods as list_methods
+    from evovit.model import ReducedViT as ReducedViT
+    from evovit.model import reduce_tokens as reduce_tokens
+    from evovit.models import create_model as create_model
+    from evovit.models import list_models as list_models
+    from evovit.tokens import Outputs as Outputs
+    from evovit.train.run import train_recipe as train_recipe
+    from evovit.visualize import kept_patches as kept_patches
+
+_HOMES = {  # a name is imported from its module when it is first asked for
+    "EvoViTError": "errors",
+    "Outputs": "tokens",
+    "ReducedViT": "model",
+    "check_adapter": "backbones",
+    "create_model": "models",
+    "digit_scenes": "data.digits",
+    "fuse_batch_norm": "fuse",
+    "gmacs": "macs",
+    "kept_patches": "visualize",
+    "list_hosts": "backbones",
+    "list_methods": "methods",
+    "list_models": "models",
+    "load_official": "checkpoints.official",
+    "load_reduced": "checkpoints.reduced",
+    "reduce_tokens": "model",
+    "save_reduced": "checkpoints.reduced",
+    "train_recipe": "train.run",
+}
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("evovit")
+    if name in _HOMES:
+        return getattr(import_module(f"evovit.{_HOMES[name]}"), name)
+    if not name.startswith("_") and find_spec(f"evovit.{name}"):
+        return import_module(f"evovit.{name}")
+    raise AttributeError(f"module 'evovit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+@wrapt.when_imported("timm")  # at once if it is already
+def _register_models(timm: Any) -> None:
+    """Put the named models into timm's registry, whichever of timm and evovit is imported first."""
+    import_module("evovit.models")

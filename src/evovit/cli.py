@@ -1,55 +1,75 @@
-"""The command line: one function a command; a wrong input is one sentence on stderr and exit code 2."""
+"""The command line. A command is imported when it is called; wrong input is one sentence and exit code 2."""
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
+from importlib import import_module
 
-import tyro
-
-from evovit.errors import EvoViTError
-from evovit.methods import describe_options, find_method, list_methods
-from evovit.run.bench import bench
-from evovit.run.compare import compare
-from evovit.run.evaluate import eval_command
-from evovit.run.quickstart import quickstart
-from evovit.run.runs_report import report
-from evovit.run.train_command import train
-
-
-def methods() -> None:
-    """List the token-reduction methods: one line, what they need, options with defaults and meanings."""
-    for name in list_methods():
-        cls = find_method(name)
-        grid = "keeps the grid" if cls.keeps_grid else "drops tokens"
-        print(f"{name}: {(cls.__doc__ or '').strip().splitlines()[0]}")
-        print(f"  {grid}{'; needs a class token' if cls.needs_class_token else ''}")
-        for option, default, meaning in describe_options(cls):
-            print(f"  {option}={default!r}  {meaning}")
-
-
-COMMANDS: dict[str, Callable[..., None]] = {
-    "methods": methods,
-    "bench": bench,
-    "quickstart": quickstart,
-    "train": train,
-    "eval": eval_command,
-    "report": report,
-    "compare": compare,
+COMMANDS = {
+    "quickstart": "train a small ViT and the same as Evo-ViT on built-in digits, in minutes",
+    "bench": "time a model and reduced versions of it, in turn",
+    "eval": "test a model or a run on images, dense and reduced",
+    "train": "train a recipe; the same command again goes on where it stopped",
+    "compare": "train recipes under equal budgets and lay them side by side",
+    "report": "lay finished runs side by side",
+    "recipes": "list the recipes that come with evovit, or copy one",
+    "methods": "list the token-reduction methods, or describe one",
+    "options": "list every option of recipes and methods",
 }
+GO_ON = ("quickstart", "train", "compare")  # given again, they go on where they stopped
 
 
-def main() -> None:
-    """Run the command line."""
+def usage() -> str:
+    """Return the help of the command line as a whole."""
+    lines = [f"  {name:<11} {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "evovit: vision transformers that spend compute only where it matters.",
+            "",
+            "usage: evovit COMMAND ...        evovit COMMAND --help        evovit --version",
+            "",
+            *lines,
+            "",
+            "first steps: evovit quickstart, evovit bench deit_small_patch16_224 --keep-ratio 0.5",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; `arguments` are those of the process by default."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    name, *rest = given
+    if name == "--version":
+        from importlib.metadata import version
+
+        print(f"evovit {version('evovit')}")
+        return
+    from evovit.errors import EvoViTError, nearest
+
+    if name not in COMMANDS:
+        there = f"the commands are {', '.join(COMMANDS)}"
+        sys.exit(_refuse(f"there is no command {name!r}; {there}.{nearest(name, COMMANDS)}"))
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="evovit",
-            description="Vision transformers that spend compute only where it matters.",
-        )
+        import tyro
+
+        tyro.cli(getattr(import_module(f"evovit.commands.{name}"), name), prog=f"evovit {name}", args=rest)
+        sys.stdout.flush()
     except EvoViTError as error:
-        print(f"evovit: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(_refuse(str(error)))
     except KeyboardInterrupt:
-        print("evovit: interrupted", file=sys.stderr)
+        more = "; the same command again goes on where it stopped" if name in GO_ON else ""
+        print(f"evovit: interrupted{more}", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _refuse(sentence: str) -> int:
+    print(f"evovit: {sentence}", file=sys.stderr)
+    return 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -12,21 +12,9 @@ from evovit.backbones import Backbone, adapt, check_adapter
 from evovit.errors import EvoViTError, check_count
 from evovit.methods import build_config, find_method, find_method_of
 from evovit.methods.base import Method
-from evovit.tokens import Tokens
+from evovit.tokens import Outputs, Tokens
 
 Prepare = Callable[[Tokens], Tokens]
-
-
-class Outputs(NamedTuple):
-    """What one forward gives."""
-
-    logits: Tensor  # (B, classes)
-    tokens: Tokens  # as the last block left them; `method.finish` brings back what waits
-    extra_logits: dict[str, Tensor]  # of further heads of host and method, for the training loss
-    trace: list[Tokens]  # after each block, if recorded
-    features: Tensor  # (B, P + N, C), the normed tokens that the head read
-    token_logits: Tensor | None  # (B, N, classes) in training, of a host that classifies every patch token
-    class_logits: Tensor | None = None  # (B, classes) beside them, of the class head alone
 
 
 class ReducedViT(nn.Module):

@@ -9,18 +9,13 @@ from evovit.errors import EvoViTError, check_count
 
 
 def per_block(
-    value: float | Sequence[float], depth: int, name: str, low: float, high: float
+    value: float | Sequence[float], count: int, name: str, what: str = "blocks"
 ) -> tuple[float, ...]:
-    """Return one value per block from a number or one per block; each must lie in [low, high]."""
-    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * depth
-    if len(values) != depth:
-        raise EvoViTError(
-            f"{name} has {len(values)} values, but the model has {depth} blocks; give a number, or one each."
-        )
-    for v in values:
-        if isinstance(v, bool) or not isinstance(v, int | float) or not low <= v <= high:
-            raise EvoViTError(f"{name} is {v!r}; allowed is a number from {low:g} to {high:g}.")
-    return tuple(float(v) for v in values)
+    """Return one value for each of `count` blocks from a number or one each."""
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * count
+    if len(values) != count:
+        raise EvoViTError(f"{name} has {len(values)} values for {count} {what}; give a number, or one each.")
+    return values
 
 
 @dataclass(frozen=True)
@@ -44,13 +39,10 @@ class KeepSchedule:
         cls, depth: int, keep_ratio: float | Sequence[float], start_block: int, multiple_of: int = 1
     ) -> KeepSchedule:
         """Build from a number, used from `start_block` on, or from one ratio per block, used as it stands."""
-        check_count("multiple_of", multiple_of, 1, 256)
         check_count(
             "start_block", start_block, 1, depth - 1, "blocks count from 0, and block 0 has no earlier score"
         )
-        ratios = per_block(keep_ratio, depth, "keep_ratio", 0.0, 1.0)
-        if min(ratios) == 0:
-            raise EvoViTError("keep_ratio is 0; it is the share of tokens kept, above 0 and at most 1.")
+        ratios = per_block(keep_ratio, depth, "keep_ratio")
         if not isinstance(keep_ratio, Sequence):
             ratios = (1.0,) * start_block + ratios[start_block:]
         elif min(ratios[:start_block]) < 1:
@@ -65,11 +57,7 @@ class KeepSchedule:
     ) -> KeepSchedule:
         """Build from the share of all patches that each of `blocks` leaves; a number r: r, r^2, and so on."""
         count = len(blocks)
-        if isinstance(keep_ratio, Sequence) and len(keep_ratio) != count:
-            raise EvoViTError(f"keep_ratio has {len(keep_ratio)} values for {count} blocks; give one each.")
-        ratios = per_block(keep_ratio, count, "keep_ratio", 0.0, 1.0)
-        if min(ratios, default=1.0) == 0:
-            raise EvoViTError("keep_ratio is 0; it is the share of tokens kept, above 0 and at most 1.")
+        ratios = per_block(keep_ratio, count, "keep_ratio", "reducing blocks")
         if not isinstance(keep_ratio, Sequence):
             ratios = tuple(keep_ratio ** (step + 1) for step in range(count))
         left = dict(zip(blocks, ratios, strict=True))

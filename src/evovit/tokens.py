@@ -79,3 +79,25 @@ class QKV(NamedTuple):
     side: Tensor | None = (
         None  # what the host's projection gives besides: an output gate, a parallel FFN, (B, P + N, S)
     )
+
+
+class Outputs(NamedTuple):
+    """What one forward gives."""
+
+    logits: Tensor  # (B, classes)
+    tokens: Tokens  # as the last block left them; `method.finish` brings back what waits
+    extra_logits: dict[str, Tensor]  # of further heads of host and method, for the training loss
+    trace: list[Tokens]  # after each block, if recorded
+    features: Tensor  # (B, P + N, C), the normed tokens that the head read
+    token_logits: Tensor | None  # (B, N, classes) in training, of a host that classifies every patch token
+    class_logits: Tensor | None = None  # (B, classes) beside them, of the class head alone
+
+
+class Taught(NamedTuple):
+    """What a teacher says about a batch."""
+
+    logits: Tensor  # (B, classes)
+    features: Tensor | None  # (B, P + N, C), its normed tokens in raster order, if a loss reads them
+    trace: tuple[Tensor, ...] = ()  # (B, N, C), its patch tokens after each block, if a loss reads them
+    token_logits: Tensor | None = None  # (B, N, classes), if it classifies every patch token
+    class_logits: Tensor | None = None  # (B, classes) beside them, of the class head alone

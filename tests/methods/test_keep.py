@@ -9,7 +9,7 @@ import timm
 import torch
 
 import evovit
-from evovit.run.macs import gmacs
+from evovit.macs import gmacs
 from tests.conftest import make_host, pictures
 from tests.parity import assert_close
 

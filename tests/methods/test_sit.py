@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import evovit
+from evovit.macs import gmacs
 from evovit.methods.sit import Recovered, ReverseSlimming, SiT, TokenSlimming
-from evovit.model import Outputs
-from evovit.run.build import build_objective, check_model
-from evovit.run.config import parse_recipe
-from evovit.run.macs import gmacs, gmacs_counted
-from evovit.run.objective import Objective, Taught
-from evovit.run.recipe import ObjectiveTable
+from evovit.recipe.reading import parse_recipe
+from evovit.recipe.tables import ObjectiveTable
+from evovit.tokens import Outputs, Taught
+from evovit.train.build import build_objective, check_recipe
+from evovit.train.objective import Objective
 from tests.conftest import GOLDEN, TINY, Golden, make_host, pictures
 from tests.parity import assert_close
 
@@ -160,7 +160,7 @@ def test_size_and_macs_equal_the_table(
         plain = evovit.create_model(name, token_weight=0)
     millions = [sum(p.numel() for p in each.parameters()) / 1e6 for each in (plain, model, dense)]
     assert millions == [pytest.approx(expected, rel=2e-3) for expected in (small, whole, teacher)]
-    assert gmacs_counted(model, (3, size, size)) == pytest.approx(work, rel=5e-3)
+    assert gmacs(model, (3, size, size)) == pytest.approx(work, rel=5e-3)
     assert gmacs(model, (3, size, size)) == pytest.approx(work, rel=1.2e-2)  # without the slots' own product
     assert gmacs(dense, (3, size, size)) == pytest.approx(its_work, rel=1.3e-2)  # one decimal printed
     assert sum(p.requires_grad for p in dense.aux_head.parameters()) == 0
@@ -232,7 +232,7 @@ def test_a_teacher_must_be_there_dense_and_equal() -> None:
             "run": {"epochs": 1},
         }
     )
-    check_model(recipe)  # the command that runs it may add the teacher
+    check_recipe(recipe)  # the command that runs it may add the teacher
     with pytest.raises(evovit.EvoViTError, match="sit as configured learns from a teacher and there is none"):
         build_objective(recipe, model, 10)
     with pytest.raises(evovit.EvoViTError, match="reduces them; take a dense one"):

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import evovit
+from evovit.macs import gmacs
 from evovit.methods import tome
 from evovit.methods.tome import removed_per_block, unmerge
 from evovit.ops.merge import Match, match_tokens, merge_sizes, merge_tokens
-from evovit.run.macs import gmacs, gmacs_counted
 from tests.conftest import Golden, make_host, pictures
 from tests.parity import assert_close, assert_same_gradients, assert_same_traces, gradients_of
 
@@ -144,7 +144,7 @@ def test_macs_equal_the_table(name: str) -> None:
         matching = sum((n + 1) // 2 * (n // 2) * 64 for n, left in pairwise(rows) if left < n)
         work = gmacs(model, (3, 224, 224)) + matching / 1e9  # the table counts the similarities
         assert work == pytest.approx(expected, rel=5e-3, abs=0.005)  # two decimals are printed
-        assert work <= gmacs_counted(model, (3, 224, 224)) <= 1.01 * work  # and the merging
+        assert work <= gmacs(model, (3, 224, 224)) <= 1.01 * work  # and the merging
 
 
 @pytest.mark.parametrize(("r", "left"), [(13, [184, 171, 158, 41]), (16, [181, 165, 149, 11])])

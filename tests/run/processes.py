@@ -17,12 +17,12 @@ import torch
 from rich.console import Console
 
 from evovit.errors import EvoViTError
-from evovit.run.config import parse_recipe, read_recipe
-from evovit.run.recipe import Recipe
-from evovit.run.train_command import train_one
+from evovit.recipe.reading import parse_recipe, read_recipe
+from evovit.recipe.tables import Recipe
+from evovit.train.run import train_recipe
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["evovit.run.train_command", "sklearn.datasets", "tests.run.processes"])
+CONTEXT.set_forkserver_preload(["evovit.train.run", "sklearn.datasets", "tests.run.processes"])
 
 SMALL = """
 [model]
@@ -65,7 +65,7 @@ def small(path: Path, *overrides: str) -> Recipe:
 def train_here(recipe: Recipe, folder: Path) -> str:
     """Train in this process; return what was said."""
     said = io.StringIO()
-    train_one(recipe, folder, Console(file=said, width=200))
+    train_recipe(recipe, folder, Console(file=said, width=200))
     return said.getvalue()
 
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 import evovit
-from evovit.run.checkpoint import load_reduced, save_reduced
-from evovit.run.files import read_state_dict, write_atomically
+from evovit.checkpoints.reduced import load_reduced, save_reduced
+from evovit.runtime.files import read_state_dict, write_atomically
 from tests.conftest import GOLDEN, Golden, make_host, pictures
 
 

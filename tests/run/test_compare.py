@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from evovit.commands.compare import compare
 from evovit.errors import EvoViTError
-from evovit.run.compare import compare, plan
-from evovit.run.config import read_recipe
+from evovit.recipe.reading import read_recipe
+from evovit.study import plan
 from tests.run.processes import SMALL, train_here
 
 HEAD, REST = SMALL.partition("[method]")[0], SMALL.partition("[data]")[2]

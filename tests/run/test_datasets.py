@@ -12,11 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+from evovit.data.images import DigitImages
+from evovit.data.pictures import PictureImages, open_images, posterize
+from evovit.data.readers import open_reader
 from evovit.errors import EvoViTError
-from evovit.run.config import parse_recipe
-from evovit.run.datasets import DigitImages, PictureImages, open_images, open_reader, posterize
-from evovit.run.recipe import Recipe
-from evovit.run.world import World
+from evovit.recipe.reading import parse_recipe
+from evovit.recipe.tables import Recipe
+from evovit.runtime.world import World
 from tests.run.processes import train_here
 
 COLOURS = ((0.5,) * 3, (0.25,) * 3)

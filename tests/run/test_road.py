@@ -23,7 +23,7 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch._inductor import metrics
 
 from evovit import ReducedViT, reduce_tokens
-from evovit.run.macs import gmacs
+from evovit.macs import gmacs
 
 IMAGE = (3, 64, 64)
 MOVES = ("index", "index_select", "gather", "index_copy", "index_put", "scatter", "cat")

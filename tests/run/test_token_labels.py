@@ -13,15 +13,15 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor
 
 import evovit
+from evovit.data.dense_labels import crop_label_map, read_label_map
+from evovit.data.pictures import open_images
 from evovit.errors import EvoViTError
-from evovit.run.config import parse_recipe
-from evovit.run.datasets import open_images
-from evovit.run.dense_labels import crop_label_map, read_label_map
-from evovit.run.objective import Objective
-from evovit.run.recipe import ObjectiveTable
-from evovit.run.token_labels import Labels, draw_box, mix_labels, mix_tokens, soft_labels, token_loss
-from evovit.run.world import World
+from evovit.recipe.reading import parse_recipe
+from evovit.recipe.tables import ObjectiveTable
+from evovit.runtime.world import World
 from evovit.tokens import Tokens
+from evovit.train.objective import Objective
+from evovit.train.token_labels import Labels, draw_box, mix_labels, mix_tokens, soft_labels, token_loss
 from tests.conftest import make_host, pictures
 from tests.parity import assert_close
 from tests.run.processes import small

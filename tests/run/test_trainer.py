@@ -12,15 +12,16 @@ import torch
 from rich.console import Console
 
 from evovit import cli
+from evovit.commands.report import report
 from evovit.errors import EvoViTError
-from evovit.run import trainer as trainer_module
-from evovit.run.build import build_model, build_optimizers, rate_at
-from evovit.run.evaluate import evaluate, open_run
-from evovit.run.recipe import Recipe
-from evovit.run.runs_report import report
-from evovit.run.state import numbered, read_weights
-from evovit.run.trainer import Trainer, accumulation
-from evovit.run.world import World
+from evovit.recipe.tables import Recipe
+from evovit.runtime.world import World
+from evovit.train import trainer as trainer_module
+from evovit.train.build import build_model, open_run
+from evovit.train.evaluate import evaluate
+from evovit.train.optimizers import build_optimizers, rate_at
+from evovit.train.state import numbered, read_weights
+from evovit.train.trainer import Trainer, accumulation
 from tests.run.processes import losses, small, train_here
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -183,7 +184,7 @@ def test_a_method_without_keep_ratio_refuses_a_late_start(tmp_path: Path) -> Non
     text = recipe.to_toml().split("[method]")[0] + '[method]\nname = "subsample"\nblock = 2\n[data]'
     path = tmp_path / "other.toml"
     path.write_text(text + recipe.to_toml().split("[data]")[1])
-    from evovit.run.config import read_recipe
+    from evovit.recipe.reading import read_recipe
 
     with pytest.raises(EvoViTError, match="no keep ratio that could start late"):
         build_model(read_recipe(path, ["run.reduce_from_epoch=1"]), 10)

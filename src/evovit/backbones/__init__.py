@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.metadata import entry_points
 from pkgutil import iter_modules
 
 import torch
@@ -101,3 +102,5 @@ def _relative_error(ours: torch.Tensor, host: torch.Tensor) -> float:
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
+for _point in entry_points(group="evovit.backbones"):  # modules of other packages that register adapters
+    _point.load()

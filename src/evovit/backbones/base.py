@@ -45,10 +45,6 @@ class Block(ABC):
     def ffn(self, tokens: Tokens) -> Tokens:
         """Return tokens + feed-forward branch."""
 
-    @abstractmethod
-    def weights(self) -> tuple[int, int, int]:
-        """Return how many matrix entries a row meets in `qkv`, `attention` and `ffn` (to count MACs)."""
-
     def glance(self, tokens: Tokens) -> QKV:
         """Return enough to choose rows by: queries of the prefix at least, keys of all; default: `qkv`."""
         return self.qkv(tokens)
@@ -195,11 +191,6 @@ def expect_parts(module: nn.Module, known: Iterable[str], what: str) -> None:
             "not know and would ignore; use a library version evovit was checked with, or extend the adapter "
             "(docs/adding_a_backbone.md)."
         )
-
-
-def matrix_entries(module: nn.Module) -> int:
-    """Return the number of entries of all matrices (2-D parameters) of a module."""
-    return sum(p.numel() for p in module.parameters() if p.ndim == 2)
 
 
 def raster_tokens(x: Tensor, num_prefix: int, grid: tuple[int, int]) -> Tokens:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evovit.backbones.base import Block, Mix, expect_class, expect_parts, matrix_entries, mixed_values
+from evovit.backbones.base import Block, Mix, expect_class, expect_parts, mixed_values
 from evovit.ops.select import take_heads
 from evovit.tokens import QKV, Tokens
 
@@ -104,10 +104,6 @@ class PreNormBlock(Block):
     def ffn(self, tokens: Tokens) -> Tokens:
         branch = self.block.ls2(self.block.mlp(self.block.norm2(tokens.x)))
         return tokens.with_x(tokens.x + self.block.drop_path2(branch))
-
-    def weights(self) -> tuple[int, int, int]:
-        attn, after = self.block.attn, matrix_entries(self.block.attn.proj)
-        return matrix_entries(attn) - after, after, matrix_entries(self.block.mlp)
 
 
 class PostNormBlock(PreNormBlock):

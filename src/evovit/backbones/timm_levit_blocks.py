@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evovit.backbones.base import Block, Mix, expect_class, expect_parts, matrix_entries, mixed_values
+from evovit.backbones.base import Block, Mix, expect_class, expect_parts, mixed_values
 from evovit.tokens import QKV, Tokens
 
 ATTENTION_PARTS = ("qkv", "proj", "attention_biases", "attention_bias_idxs")
@@ -74,10 +74,6 @@ class LevitBlock(Block):
 
     def ffn(self, tokens: Tokens) -> Tokens:
         return tokens.with_x(tokens.x + self.block.drop_path2(self.block.mlp(tokens.x)))
-
-    def weights(self) -> tuple[int, int, int]:
-        attn = self.block.attn
-        return matrix_entries(attn.qkv), matrix_entries(attn.proj), matrix_entries(self.block.mlp)
 
 
 class LevitEntry:

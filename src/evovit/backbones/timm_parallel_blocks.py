@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from evovit.backbones.base import Block, Mix, expect_parts, matrix_entries, mixed_values
+from evovit.backbones.base import Block, Mix, expect_parts, mixed_values
 from evovit.backbones.timm_blocks import PreNormBlock, attention_output, check_attention, fused_qkv
 from evovit.tokens import QKV, Tokens
 
@@ -51,10 +51,6 @@ class ParallelThingsBlock(PreNormBlock):
     def ffn(self, tokens: Tokens) -> Tokens:
         return tokens.with_x(tokens.x + torch.stack([ffn(tokens.x) for ffn in self.block.ffns]).sum(0))
 
-    def weights(self) -> tuple[int, int, int]:
-        after = sum(matrix_entries(branch.attn.proj) for branch in self.block.attns)
-        return matrix_entries(self.block.attns) - after, after, matrix_entries(self.block.ffns)
-
 
 class ParallelScalingBlock(PreNormBlock):
     """`ParallelScalingBlock` (ViT-22B): both branches read one norm; `attention` adds both, `ffn` nothing."""
@@ -94,7 +90,3 @@ class ParallelScalingBlock(PreNormBlock):
 
     def ffn(self, tokens: Tokens) -> Tokens:
         return tokens
-
-    def weights(self) -> tuple[int, int, int]:
-        before = matrix_entries(self.block.in_proj)
-        return before, matrix_entries(self.block) - before, 0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evovit.backbones.base import Block, Mix, expect_class, expect_parts, matrix_entries
+from evovit.backbones.base import Block, Mix, expect_class, expect_parts
 from evovit.backbones.timm_blocks import ATTENTION_PARTS, attention_output, output_gate
 from evovit.tokens import QKV, Tokens
 
@@ -113,10 +113,6 @@ class EvaBlock(Block):
         branch, gamma = self.block.mlp(self.block.norm2(tokens.x)), self.block.gamma_2
         branch = branch if gamma is None else gamma * branch
         return tokens.with_x(tokens.x + self.block.drop_path2(branch))
-
-    def weights(self) -> tuple[int, int, int]:
-        attn, after = self.block.attn, matrix_entries(self.block.attn.proj)
-        return matrix_entries(attn) - after, after, matrix_entries(self.block.mlp)
 
 
 class EvaBlockPostNorm(EvaBlock):

@@ -1,21 +1,22 @@
-"""One paper a file. The registry finds every file beside this one, so a new method needs no other edit."""
+"""One paper a file. The registry finds every file beside this one, and those of installed packages.
+
+A package of another author offers methods by an entry point of the group `evovit.methods` that names a module
+whose import registers them.
+"""
 
 from __future__ import annotations
 
-import ast
-import difflib
-import inspect
-import io
-import textwrap
-import tokenize
 from collections.abc import Callable
-from dataclasses import fields
 from importlib import import_module
+from importlib.metadata import entry_points
 from pkgutil import iter_modules
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, nearest
 from evovit.methods.base import Method
+from evovit.options import build
+
+DENSE = "dense"  # the method that reduces nothing
 
 _METHODS: dict[str, type[Method]] = {}
 
@@ -40,9 +41,10 @@ def list_methods() -> list[str]:
 def find_method(name: str) -> type[Method]:
     """Return the method class of a name; raises `EvoViTError` with the nearest name."""
     if name not in _METHODS:
-        near = difflib.get_close_matches(name, list_methods(), 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise EvoViTError(f"There is no method {name!r}; the methods are {', '.join(list_methods())}.{hint}")
+        raise EvoViTError(
+            f"There is no method {name!r}; the methods are {', '.join(list_methods())}."
+            f"{nearest(name, list_methods())}"
+        )
     return _METHODS[name]
 
 
@@ -60,34 +62,11 @@ def name_of(method: Method) -> str:
 
 
 def build_config(cls: type[Method], options: dict[str, Any]) -> Any:
-    """Return the method's `Config`; raises `EvoViTError` for an unknown option. Lists become tuples."""
-    known = [f.name for f in fields(cls.Config)]
-    for key in options:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise EvoViTError(
-                f"{cls.__name__} has no option {key!r}; its options are {', '.join(known)}.{hint}"
-            )
-    return cls.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
-
-
-def describe_options(cls: type[Method]) -> list[tuple[str, Any, str]]:
-    """Return (name, default, meaning) of each option: words allowed, and the comment in the file."""
-    source = textwrap.dedent(inspect.getsource(cls.Config))
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {t.start[0]: t.string.strip("# ") for t in tokens if t.type == tokenize.COMMENT}
-    lines: dict[str, range] = {}
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            lines[node.target.id] = range(node.lineno, (node.end_lineno or node.lineno) + 1)
-    hints, found = get_type_hints(cls.Config), []
-    for f in fields(cls.Config):
-        words = get_args(hints[f.name]) if get_origin(hints[f.name]) is Literal else ()
-        meaning = " ".join(comments[n] for n in lines.get(f.name, ()) if n in comments)
-        found.append((f.name, f.default, f"{' | '.join(words)}: {meaning}" if words else meaning))
-    return found
+    """Return the method's `Config`; raises `EvoViTError` for an unknown option or a wrong value."""
+    return build(cls.Config, options, cls.__name__)
 
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
+for _point in entry_points(group="evovit.methods"):
+    _point.load()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from evovit.backbones.base import BackboneSpec, Block, Stage
 from evovit.errors import EvoViTError, check_count
+from evovit.options import Options
 from evovit.schedule import KeepSchedule
 from evovit.tokens import Tokens
 
@@ -36,8 +37,8 @@ class Method(nn.Module, ABC):
     schedule: KeepSchedule  # of a method that keeps a set share of tokens
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
-        """Plain values only."""
+    class Config(Options):
+        """The method's options, as a recipe's [method] table has them."""
 
     def __init__(self, config: Any, spec: BackboneSpec) -> None:
         super().__init__()
@@ -51,6 +52,14 @@ class Method(nn.Module, ABC):
         self.config, self.spec = config, spec
         self.class_head: ClassTokenHead | None = None
         self.full_schedule: KeepSchedule | None = None  # `schedule` as first given, once `set_reduction` ran
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in getattr(self.Config, "__dataclass_fields__", {}) and not hasattr(type(self), name):
+            raise EvoViTError(
+                f"{name} is an option of {type(self).__name__}, which is fixed once a model is wrapped; wrap "
+                f"the host again: evovit.reduce_tokens(reduced.model, ..., {name}={value!r})."
+            )
+        super().__setattr__(name, value)
 
     @abstractmethod
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
@@ -85,8 +94,8 @@ class Method(nn.Module, ABC):
         """Return further terms of the training loss by name, weighted; default: none.
 
         Args:
-            outputs: `evovit.model.Outputs` of this training forward.
-            teacher: `evovit.run.objective.Taught` of the same images, None without a teacher.
+            outputs: `evovit.tokens.Outputs` of this training forward.
+            teacher: `evovit.tokens.Taught` of the same images, None without a teacher.
         """
         return {}
 
@@ -100,16 +109,6 @@ class Method(nn.Module, ABC):
         self.full_schedule = self.full_schedule or self.schedule
         ratios = tuple(1 - share * (1 - ratio) for ratio in self.full_schedule.ratios)
         self.schedule = self.full_schedule if share == 1 else replace(self.full_schedule, ratios=ratios)
-
-
-class Dense(Method):
-    """No reduction: a host run through its views. No name in the registry."""
-
-    needs_class_token = False
-    crosses_stages = True
-
-    def run_block(self, block: Block, tokens: Tokens) -> Tokens:
-        return block(tokens)
 
 
 def require_class_token(spec: BackboneSpec, what: str, instead: str) -> None:

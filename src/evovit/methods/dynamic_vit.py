@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evovit.backbones.base import BackboneSpec, Block
-from evovit.errors import EvoViTError, check_choice
 from evovit.methods import register
 from evovit.methods.base import Method, check_blocks
 from evovit.ops.distance import kept_distance, logit_divergence
 from evovit.ops.mask import gumbel_keep, gumbel_noise, masked_attention
 from evovit.ops.select import split_top, take, with_prefix
+from evovit.options import Number, Ratio, Weight, option
 from evovit.schedule import KeepSchedule
 from evovit.tokens import Tokens
 
@@ -78,22 +78,19 @@ class DynamicViT(Method):
     class Config(Method.Config):
         """Options of DynamicViT; the defaults are the released ones for DeiT-S."""
 
-        keep_ratio: float | tuple[float, ...] = 0.7  # r: r, r^2, ... of all patches; or one per block
-        blocks: tuple[int, ...] = (3, 6, 9)  # that start with a decision, counted from 0
-        ratio_weight: float = 2.0  # of the squared difference between kept share and ratio
-        ratio_of: RatioOf = "image"  # whose kept share that is
-        logit_weight: float = 0.5  # of KL(teacher || student)
-        token_weight: float = 0.5  # of the distance of tokens kept to the end from the teacher's
-        token_loss: TokenLoss = "squared"  # "divergence", KL, is for hosts that classify every token
+        keep_ratio: Ratio | tuple[Ratio, ...] = option(
+            0.7, "r: r, r^2, ... of all patches; a list has one per reducing block"
+        )
+        blocks: tuple[Number, ...] = option((3, 6, 9), "that start with a decision, counted from 0")
+        ratio_weight: Weight = option(2.0, "of the squared difference between kept share and ratio")
+        ratio_of: RatioOf = option("image", "whose kept share that is")
+        logit_weight: Weight = option(0.5, "of KL(teacher || student)")
+        token_weight: Weight = option(0.5, "of the distance of tokens kept to the end from the teacher's")
+        token_loss: TokenLoss = option("squared", "divergence, KL, is for hosts that classify every token")
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        check_choice("ratio_of", config.ratio_of, get_args(RatioOf))
-        check_choice("token_loss", config.token_loss, get_args(TokenLoss))
         check_blocks(config.blocks, spec.depth)
-        for name in ("ratio_weight", "logit_weight", "token_weight"):
-            if getattr(config, name) < 0:
-                raise EvoViTError(f"{name} is {getattr(config, name)}; allowed is 0 or more.")
         self.schedule = KeepSchedule.at_blocks(spec.depth, config.keep_ratio, config.blocks)
         self.learns_from_teacher = config.logit_weight > 0 or config.token_weight > 0
         self.score_predictor = nn.ModuleList(ScorePredictor(spec.dims[-1]) for _ in config.blocks)

@@ -7,22 +7,22 @@ their attention, or dropped. No new parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from evovit.backbones.base import BackboneSpec, Block
-from evovit.errors import EvoViTError, check_choice, check_count
+from evovit.errors import EvoViTError, check_count
 from evovit.methods import register
 from evovit.methods.base import Method, check_blocks, require_class_token
 from evovit.ops.score import attention_column_mean, class_attention
 from evovit.ops.select import split_top, take, with_prefix
 from evovit.ops.update import weighted_sum
+from evovit.options import Count, Number, Ratio, Share, option
 from evovit.schedule import KeepSchedule, per_block
 from evovit.tokens import Tokens
 
@@ -43,34 +43,32 @@ class EViT(Method):
     class Config(Method.Config):
         """Options of EViT; the defaults are the paper's."""
 
-        keep_ratio: float | tuple[float, ...] = 0.7  # of the patch tokens present; a number, or one per block
-        blocks: tuple[int, ...] = (3, 6, 9)  # that reduce, counted from 0
-        fuse: bool = True  # False: the inattentive tokens are dropped
-        counts: Counts = "current"  # ceil(ratio * present); "initial": int(ratio product * all)
-        keep: tuple[int, ...] | None = None  # patch tokens left per reducing block, instead of ratios
-        shrink: tuple[float, float] | None = None  # shares of the training; the ratio falls from 1 between
-        selection: Selection = "class"  # "column_mean" for hosts without class token
+        keep_ratio: Ratio | tuple[Ratio, ...] = option(
+            0.7, "of the patch tokens present; a list has one per reducing block"
+        )
+        blocks: tuple[Number, ...] = option((3, 6, 9), "that reduce, counted from 0")
+        fuse: bool = option(True, "false: the inattentive tokens are dropped")
+        counts: Counts = option("current", "ceil(ratio * present); initial: int(ratio product * all)")
+        keep: tuple[Count, ...] | None = option(
+            None, "patch tokens left per reducing block, instead of ratios"
+        )
+        shrink: tuple[Share, Share] | None = option(
+            None, "shares of the training; the ratio falls from 1 between"
+        )
+        selection: Selection = option("class", "column_mean is for hosts without class token")
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        check_choice("selection", config.selection, get_args(Selection))
-        check_choice("counts", config.counts, get_args(Counts))
         if config.selection == "class":
             require_class_token(spec, "selection='class'", "'column_mean'")
         check_blocks(config.blocks, spec.depth)
         count = len(config.blocks)
-        if isinstance(config.keep_ratio, Sequence) and len(config.keep_ratio) != count:
-            raise EvoViTError(
-                f"keep_ratio has {len(config.keep_ratio)} values for {count} blocks; give one each."
-            )
-        self.keep_ratios = per_block(config.keep_ratio, count, "keep_ratio", 0.0, 1.0)
-        if min(self.keep_ratios, default=1.0) == 0:
-            raise EvoViTError("keep_ratio is 0; it is the share of tokens kept, above 0 and at most 1.")
+        self.keep_ratios = per_block(config.keep_ratio, count, "keep_ratio", "reducing blocks")
         if config.keep is not None and (len(config.keep) != count or config.shrink is not None):
             raise EvoViTError(f"keep is {config.keep!r}; give one count per block in blocks, and no shrink.")
         for keep in config.keep or ():
             check_count("keep", keep, 1, math.prod(spec.grid))
-        if config.shrink is not None and not 0 <= config.shrink[0] < config.shrink[-1] <= 1:
+        if config.shrink is not None and not config.shrink[0] < config.shrink[1]:
             raise EvoViTError(f"shrink is {config.shrink!r}; give two rising shares of the training, 0 to 1.")
         if config.keep is None:
             self.schedule = self.schedule_at(1.0)

@@ -21,7 +21,8 @@ from evovit.methods import register
 from evovit.methods.base import Method, require_class_token
 from evovit.ops.score import attention_column_mean, class_attention, evolve
 from evovit.ops.slow_fast import Waiting, part, rejoin, score_awake
-from evovit.schedule import KeepSchedule, per_block
+from evovit.options import Count, Ratio, Share, option
+from evovit.schedule import KeepSchedule
 from evovit.tokens import QKV, Tokens
 
 Mode = Literal["stage", "layer"]
@@ -43,31 +44,40 @@ class EvoLeViT(Method):
     class Config(Method.Config):
         """Options of Evo-LeViT; the defaults are the released ones."""
 
-        keep_ratio: float | tuple[float, ...] = 0.5  # of a stage's patch tokens; a number, or one per block
-        start_block: int = 2  # first reducing block, counted from 0 through all stages
-        mode: Mode = "stage"  # one selection per stage, by its first ratio; "layer": before every block
-        learn_trade_off: bool = True  # alpha of eq. 4, one scalar per attention
-        trade_off: float = 0.5  # alpha, the weight of the OLD score, where it is not learnt
-        fast_update: bool = True  # representative token, eq. 5 to 7; False: placeholders wait unchanged
-        selection: Selection = "global"  # "class": no history; "column_mean": hosts without class token
-        switch_at: float | None = None  # share of the training in layer mode with `trade_off`; paper: 2/3
+        keep_ratio: Ratio | tuple[Ratio, ...] = option(
+            0.5, "of a stage's patch tokens; a list has one per block"
+        )
+        start_block: Count = option(2, "first reducing block, counted from 0 through all stages")
+        mode: Mode = option("stage", "one selection per stage, by its first ratio; layer: before every block")
+        learn_trade_off: bool = option(True, "alpha of eq. 4, one scalar per attention")
+        trade_off: Share = option(0.5, "alpha, the weight of the OLD score, where it is not learnt")
+        fast_update: bool = option(
+            True, "representative token, eq. 5 to 7; false: placeholders wait unchanged"
+        )
+        selection: Selection = option("global", "class: no history; column_mean: hosts without class token")
+        switch_at: Share | None = option(
+            None, "share of the training in layer mode with `trade_off`; paper: 2/3"
+        )
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        check_choice("selection", config.selection, get_args(Selection))
         if config.selection != "column_mean":
             require_class_token(spec, f"selection={config.selection!r}", "'column_mean'")
-        (self.trade_off,) = per_block(config.trade_off, 1, "trade_off", 0.0, 1.0)
         self.schedule = KeepSchedule.from_block(spec.depth, config.keep_ratio, config.start_block)
         self.firsts = (0, *accumulate(spec.depths))[:-1]  # the first block of each stage
         self.learn_tradeoff = nn.ParameterList(nn.Parameter(torch.zeros(1)) for _ in range(spec.depth))
         self.enter_tradeoff = nn.ParameterList(nn.Parameter(torch.zeros(1)) for _ in self.firsts[1:])
         self.mode, self.learns = config.mode, config.learn_trade_off
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "mode":
-            check_choice("mode", value, get_args(Mode))
-        super().__setattr__(name, value)
+    @property
+    def mode(self) -> Mode:
+        """When tokens are selected; may be set at any time."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, value: Mode) -> None:
+        check_choice("mode", value, get_args(Mode))
+        self._mode = value
 
     def begin(self, tokens: Tokens, stages: Sequence[Stage]) -> Tokens:
         if not all(stage.enter is None or isinstance(stage.enter, LevitEntry) for stage in stages):
@@ -127,7 +137,7 @@ class EvoLeViT(Method):
         """Return alpha of eq. 4; sigmoid(`learnt`) is the weight of the new score, as released."""
         if self.config.selection != "global":
             return 0.0
-        return (-learnt.float()).sigmoid() if self.learns else self.trade_off
+        return (-learnt.float()).sigmoid() if self.learns else self.config.trade_off
 
     def current_config(self) -> Any:
         return replace(self.config, mode=self.mode, learn_trade_off=self.learns)

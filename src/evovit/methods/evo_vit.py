@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from annotated_types import Ge, Le
 
 from evovit.backbones.base import BackboneSpec, Block, Stage, last_qkv
 from evovit.errors import EvoViTError, check_choice, check_count
@@ -16,6 +18,7 @@ from evovit.methods import register
 from evovit.methods.base import ClassTokenHead, Method, require_class_token
 from evovit.ops.score import attention_column_mean, class_attention, random_score
 from evovit.ops.slow_fast import Waiting, part, rejoin, score_awake
+from evovit.options import Count, Ratio, Share, option
 from evovit.schedule import KeepSchedule, per_block
 from evovit.tokens import QKV, Tokens
 
@@ -37,22 +40,35 @@ class EvoViT(Method):
     class Config(Method.Config):
         """Options of Evo-ViT; the defaults are the paper's."""
 
-        keep_ratio: float | tuple[float, ...] = 0.5  # of the patch tokens; a number holds from start_block on
-        start_block: int = 4  # first reducing block, counted from 0
-        stage_length: int = 4  # blocks per selection in stage mode; the ratio of a stage's first block holds
-        mode: Mode = "stage"  # "layer" selects before every block
-        trade_off: float | tuple[float, ...] = 0.5  # alpha of eq. 4, weight of the OLD score, per block
-        fast_update: bool = True  # representative token, eq. 5 to 7; False: placeholders wait unchanged
-        multiple_of: int = 1  # rows entering a reduced block are rounded to a multiple (8 suits tensor cores)
-        selection: Selection = "global"  # "class" is eq. 3 without history
-        preserve: bool = True  # False: placeholders are dropped (table 3, naive selection)
-        rejoin_last: bool = True  # False: the head sees the awake alone (`prunecls` of the released code)
-        assisted_head: bool = False  # a second head on the class token for the training loss (eq. 8)
-        switch_at: float | None = None  # share of the training in layer mode, then stage mode (paper: 2/3)
+        keep_ratio: Ratio | tuple[Ratio, ...] = option(
+            0.5, "of the patch tokens; a number holds from start_block on, a list has one per block"
+        )
+        start_block: Count = option(4, "first reducing block, counted from 0")
+        stage_length: Count = option(
+            4, "blocks per selection in stage mode; the ratio of a stage's first block holds"
+        )
+        mode: Mode = option("stage", "layer selects before every block")
+        trade_off: Share | tuple[Share, ...] = option(
+            0.5, "alpha of eq. 4, weight of the OLD score; a list has one per block"
+        )
+        fast_update: bool = option(
+            True, "representative token, eq. 5 to 7; false: placeholders wait unchanged"
+        )
+        multiple_of: Annotated[int, Ge(1), Le(256)] = option(
+            1, "rows entering a reduced block are rounded to a multiple (8 suits tensor cores)"
+        )
+        selection: Selection = option("global", "class is eq. 3 without history")
+        preserve: bool = option(True, "false: placeholders are dropped (table 3, naive selection)")
+        rejoin_last: bool = option(
+            True, "false: the head sees the awake alone (`prunecls` of the released code)"
+        )
+        assisted_head: bool = option(False, "a second head on the class token for the training loss (eq. 8)")
+        switch_at: Share | None = option(
+            None, "share of the training in layer mode, then stage mode (paper: 2/3)"
+        )
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        check_choice("selection", config.selection, get_args(Selection))
         if config.selection not in ("column_mean", "random"):
             require_class_token(spec, f"selection={config.selection!r}", "'column_mean' or 'random'")
         if config.fast_update and not config.preserve:
@@ -60,16 +76,25 @@ class EvoViT(Method):
         check_count("stage_length", config.stage_length, 1, spec.depth)
         start, multiple = config.start_block, config.multiple_of
         self.schedule = KeepSchedule.from_block(spec.depth, config.keep_ratio, start, multiple)
-        trade_off = per_block(config.trade_off, spec.depth, "trade_off", 0.0, 1.0)
-        self.trade_off = trade_off if config.selection == "global" else (0.0,) * spec.depth
+        trade_off = per_block(config.trade_off, spec.depth, "trade_off")
+        self.old_weights = trade_off if config.selection == "global" else (0.0,) * spec.depth
         self.class_head = ClassTokenHead(spec) if config.assisted_head else None
-        self.mode: Mode = config.mode
+        self.mode = config.mode
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "mode":
-            check_choice("mode", value, get_args(Mode))
-            self.stage_length = 1 if value == "layer" else self.config.stage_length
-        super().__setattr__(name, value)
+    @property
+    def mode(self) -> Mode:
+        """When tokens are selected; may be set at any time."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, value: Mode) -> None:
+        check_choice("mode", value, get_args(Mode))
+        self._mode = value
+
+    @property
+    def length(self) -> int:
+        """Blocks that one selection holds for."""
+        return 1 if self.mode == "layer" else self.config.stage_length
 
     def begin(self, tokens: Tokens, stages: Sequence[Stage]) -> Tokens:
         twice = self.config.selection == "last_class"  # table 4, "via twice inference"
@@ -77,7 +102,7 @@ class EvoViT(Method):
         return tokens.change(carry=Waiting(score))
 
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
-        if self.schedule.starts_stage(block.number, self.stage_length):
+        if self.schedule.starts_stage(block.number, self.length):
             tokens = self.split(self.join(tokens), block.number)
         tokens, qkv = block.attend(tokens)
         return block.ffn(self.rate(tokens, qkv, block.number))
@@ -95,11 +120,11 @@ class EvoViT(Method):
     def rate(self, tokens: Tokens, qkv: QKV, number: int) -> Tokens:
         """Evolve the score of the tokens that took part (eq. 4), if a later selection reads it."""
         measure = SCORES.get(self.config.selection)
-        if measure is None or not self.schedule.reads_score(number, self.stage_length, self.trade_off):
+        if measure is None or not self.schedule.reads_score(number, self.length, self.old_weights):
             return tokens
         new = measure(qkv, tokens.num_prefix, tokens.carry.num_awake)
         new = new if self.config.fast_update else new.detach()  # it weighs tokens (eq. 5), or only ranks them
-        return score_awake(tokens, new, self.trade_off[number])
+        return score_awake(tokens, new, self.old_weights[number])
 
     def join(self, tokens: Tokens) -> Tokens:
         """End a stage: placeholders take the representative token's change (eq. 7); all in raster order."""

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from evovit.backbones.base import BackboneSpec, Block
-from evovit.errors import EvoViTError, check_choice, check_count
+from evovit.errors import check_count
 from evovit.methods import register
 from evovit.methods.base import Method, require_class_token
 from evovit.ops.distance import feature_distance, head_mean_attention, logit_divergence, token_cut
 from evovit.ops.score import attention_column_mean, class_logit_mean
 from evovit.ops.select import put, split_top, take, take_qkv, with_prefix
+from evovit.options import Count, Number, Ratio, Weight, option
 from evovit.schedule import KeepSchedule, per_block
 from evovit.tokens import QKV, Tokens
 
@@ -58,33 +59,32 @@ class IdleViT(Method):
     class Config(Method.Config):
         """Options of IdleViT; the defaults are those of the published cost and the released training."""
 
-        keep_ratio: float | tuple[float, ...] = 0.7  # r: groups keep r, r^2, ... of all; or one per block
-        start_block: int = 3  # first idle block, counted from 0
-        group_length: int = 3  # blocks per power of r
-        selection: Selection = "class"  # "column_mean" for hosts without class token
-        cut: Cut = "both"  # parts of the token cut loss
-        cut_weight: float = 20.0  # of the token cut loss, mean over idle blocks; 0 turns it off
-        cut_blocks: CutBlocks = "all"  # "released" takes every second idle block, as the released code does
-        distill_weight: float = 10.0  # of KL(teacher || student), and 100 times it of the feature distance
-        compared: Compared = "class"  # features: class token; or all that took part last, as with LV-ViT
+        keep_ratio: Ratio | tuple[Ratio, ...] = option(
+            0.7, "r: groups keep r, r^2, ... of all; a list has one per block"
+        )
+        start_block: Number = option(3, "first idle block, counted from 0")
+        group_length: Count = option(3, "blocks per power of r")
+        selection: Selection = option("class", "column_mean is for hosts without class token")
+        cut: Cut = option("both", "parts of the token cut loss")
+        cut_weight: Weight = option(20.0, "of the token cut loss, mean over idle blocks; 0 turns it off")
+        cut_blocks: CutBlocks = option(
+            "all", "released takes every second idle block, as the released code does"
+        )
+        distill_weight: Weight = option(
+            10.0, "of KL(teacher || student), and 100 times it of the feature distance"
+        )
+        compared: Compared = option(
+            "class", "features: class token; or all that took part last, as with LV-ViT"
+        )
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        check_choice("selection", config.selection, get_args(Selection))
-        check_choice("cut", config.cut, get_args(Cut))
-        check_choice("cut_blocks", config.cut_blocks, get_args(CutBlocks))
-        check_choice("compared", config.compared, get_args(Compared))
         if config.selection == "class":
             require_class_token(spec, "selection='class'", "'column_mean'")
         check_count("start_block", config.start_block, 0, spec.depth - 1, "blocks count from 0")
         check_count("group_length", config.group_length, 1, spec.depth)
-        for name in ("cut_weight", "distill_weight"):
-            if getattr(config, name) < 0:
-                raise EvoViTError(f"{name} is {getattr(config, name)}; allowed is 0 or more.")
         self.learns_from_teacher = config.distill_weight > 0
-        ratios = per_block(config.keep_ratio, spec.depth, "keep_ratio", 0.0, 1.0)
-        if min(ratios) == 0:
-            raise EvoViTError("keep_ratio is 0; it is the share of tokens kept, above 0 and at most 1.")
+        ratios = per_block(config.keep_ratio, spec.depth, "keep_ratio")
         if not isinstance(config.keep_ratio, Sequence):
             past = [number - config.start_block for number in range(spec.depth)]
             powers = [0 if n < 0 else n // config.group_length + 1 for n in past]

@@ -6,17 +6,17 @@ Top-K by class attention, random and evenly spaced, with the counts of EViT or D
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from evovit.backbones.base import BackboneSpec, Block
-from evovit.errors import EvoViTError, check_choice
 from evovit.methods import register
 from evovit.methods.base import Method, check_blocks, require_class_token
 from evovit.ops.score import attention_column_mean, class_attention, random_score
 from evovit.ops.select import even_rows, split_top, take, with_prefix
-from evovit.schedule import KeepSchedule, per_block
+from evovit.options import Number, Ratio, option
+from evovit.schedule import KeepSchedule
 from evovit.tokens import QKV, Tokens
 
 Selection = Literal["class", "column_mean", "random", "even"]
@@ -34,21 +34,20 @@ class Keep(Method):
     class Config(Method.Config):
         """Options of the baselines."""
 
-        keep_ratio: float = 0.7  # the j-th reducing block leaves int(keep_ratio ** j * all patches)
-        blocks: tuple[int, ...] = (3, 6, 9)  # that reduce, between attention and FFN; counted from 0
-        selection: Selection = "class"  # top attention from the class token, or from all; "random"; "even"
+        keep_ratio: Ratio | tuple[Ratio, ...] = option(
+            0.7, "r: r, r^2, ... of all patches; a list has one per reducing block"
+        )
+        blocks: tuple[Number, ...] = option(
+            (3, 6, 9), "that reduce, between attention and FFN; counted from 0"
+        )
+        selection: Selection = option("class", "top attention from the class token or from all; or plain")
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        check_choice("selection", config.selection, get_args(Selection))
         if config.selection == "class":
             require_class_token(spec, "selection='class'", "'column_mean', 'random' or 'even'")
         check_blocks(config.blocks, spec.depth)
-        (ratio,) = per_block(config.keep_ratio, 1, "keep_ratio", 0.0, 1.0)
-        if ratio == 0:
-            raise EvoViTError("keep_ratio is 0; it is the share of tokens kept, above 0 and at most 1.")
-        by_block = {number: ratio ** (j + 1) for j, number in enumerate(config.blocks)}
-        self.schedule = KeepSchedule(tuple(by_block.get(number, 1.0) for number in range(spec.depth)))
+        self.schedule = KeepSchedule.at_blocks(spec.depth, config.keep_ratio, config.blocks)
 
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
         tokens, qkv = block.attend(tokens)

@@ -8,12 +8,12 @@ of a dense teacher (feature recalibration distillation, FRD). Modules have the o
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from evovit.backbones.base import BackboneSpec, Block, Stage
@@ -21,6 +21,7 @@ from evovit.errors import EvoViTError, check_count
 from evovit.methods import register
 from evovit.methods.base import Method, check_blocks
 from evovit.ops.distance import logit_divergence
+from evovit.options import Number, Positive, Ratio, Weight, option
 from evovit.schedule import KeepSchedule
 from evovit.tokens import Tokens
 
@@ -50,13 +51,20 @@ class TokenSlimming(nn.Module):
         return self.shares(patches).to(patches.dtype).transpose(1, 2) @ patches
 
 
+def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Return linear, GELU, linear, named as timm's `Mlp` names them."""
+    return nn.Sequential(
+        OrderedDict(fc1=nn.Linear(inputs, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, outputs))
+    )
+
+
 class ReverseSlimming(nn.Module):
     """RTSM: `keep` slots to `whole` tokens, by an MLP along the tokens and one along the channels."""
 
     def __init__(self, dim: int, keep: int, whole: int) -> None:
         super().__init__()
-        self.norm1, self.mlp1 = nn.LayerNorm(dim), Mlp(keep, 4 * whole, whole)
-        self.norm2, self.mlp2 = nn.LayerNorm(dim), Mlp(dim, 4 * dim)
+        self.norm1, self.mlp1 = nn.LayerNorm(dim), mlp(keep, 4 * whole, whole)
+        self.norm2, self.mlp2 = nn.LayerNorm(dim), mlp(dim, 4 * dim, dim)
 
     def forward(self, patches: Tensor) -> Tensor:
         """Return (B, N, C) from (B, K, C)."""
@@ -77,22 +85,19 @@ class SiT(Method):
     class Config(Method.Config):
         """Options of SiT; its modules fit one number of patches, so one image size."""
 
-        keep_ratio: float = 0.5  # the j-th slimming leaves int(keep_ratio^j * all patches)
-        blocks: tuple[int, ...] = (2, 5, 8)  # slimming AFTER these, counted from 0; the last block has none
-        token_weight: float = 2.0  # of the distance to the teacher's tokens; 0: no reverse modules
-        logit_weight: float = 2.0  # of the divergence from the teacher's logits
-        temperature: float = 1.0  # of these logits
+        keep_ratio: Ratio = option(0.5, "the j-th slimming leaves int(keep_ratio^j * all patches)")
+        blocks: tuple[Number, ...] = option(
+            (2, 5, 8), "slimming AFTER these, counted from 0; the last block has none"
+        )
+        token_weight: Weight = option(2.0, "of the distance to the teacher's tokens; 0: no reverse modules")
+        logit_weight: Weight = option(2.0, "of the divergence from the teacher's logits")
+        temperature: Positive = option(1.0, "of these logits")
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
         check_blocks(config.blocks, spec.depth)
         for number in config.blocks:
             check_count("blocks", number, 0, spec.depth - 2, "nothing reads what the last block would slim")
-        if min(config.token_weight, config.logit_weight) < 0 or config.temperature <= 0:
-            raise EvoViTError(
-                f"token_weight {config.token_weight}, logit_weight {config.logit_weight} and temperature "
-                f"{config.temperature} are given; allowed are weights of 0 or more, a temperature above 0."
-            )
         self.keeps_places = not config.blocks
         self.learns_from_teacher = self.reads_teacher_trace = config.token_weight > 0
         self.needs_teacher = self.reads_teacher_trace and bool(config.blocks)

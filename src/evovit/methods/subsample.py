@@ -7,16 +7,17 @@ stride and the convolution starts as the average, which makes it usable before t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evovit.backbones.base import BackboneSpec, Block
-from evovit.errors import check_choice, check_count
+from evovit.errors import check_count
 from evovit.methods import register
 from evovit.methods.base import Method
+from evovit.options import Count, Number, option
 from evovit.tokens import Tokens
 
 Kind = Literal["average", "max", "conv"]
@@ -35,13 +36,12 @@ class Subsample(Method):
     class Config(Method.Config):
         """Options of sub-sampling."""
 
-        kind: Kind = "average"  # what a window becomes
-        block: int = 6  # pools before this block, counted from 0
-        stride: int = 2  # side of the window, in patches
+        kind: Kind = option("average", "what a window becomes")
+        block: Number = option(6, "pools before this block, counted from 0")
+        stride: Count = option(2, "side of the window, in patches")
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        check_choice("kind", config.kind, get_args(Kind))
         check_count("block", config.block, 0, spec.depth - 1, "blocks count from 0")
         check_count("stride", config.stride, 1, min(spec.grid), "at most the grid's shorter side")
         self.conv = (

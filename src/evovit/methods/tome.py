@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 from evovit.backbones.base import BackboneSpec, Block
@@ -20,6 +21,7 @@ from evovit.methods import register
 from evovit.methods.base import Method
 from evovit.ops.merge import match_tokens, merge_sizes, merge_tokens
 from evovit.ops.select import take
+from evovit.options import Number, option
 from evovit.tokens import Tokens
 
 
@@ -41,9 +43,13 @@ class ToMe(Method):
     class Config(Method.Config):
         """Options of ToMe; every r is capped at half the patch tokens present."""
 
-        r: int | tuple[int, ...] = 8  # tokens REMOVED by each block; a list may end early, the rest is 0
-        inflection: float = 0.0  # -1 removes 2r in the first block, falling to 0 in the last; 1 the reverse
-        proportional_attention: bool = True  # False suits MAE models that were not trained with ToMe
+        r: Number | tuple[Number, ...] = option(
+            8, "tokens REMOVED by each block; a list may end early, the rest is 0"
+        )
+        inflection: Annotated[float, Ge(-1), Le(1)] = option(
+            0.0, "-1 removes 2r in the first block, falling to 0 in the last; 1 the reverse"
+        )
+        proportional_attention: bool = option(True, "false suits MAE models that were not trained with ToMe")
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
@@ -105,8 +111,6 @@ def unmerge(tokens: Tokens) -> Tokens:
 def removed_per_block(r: int | Sequence[int], inflection: float, spec: BackboneSpec) -> tuple[int, ...]:
     """Return how many tokens each block removes, before the cap (paper, appendix; released `parse_r`)."""
     depth, most = spec.depth, math.prod(spec.grid)
-    if not -1 <= inflection <= 1:
-        raise EvoViTError(f"inflection is {inflection!r}; allowed is -1 (falling) to 1 (rising).")
     if isinstance(r, Sequence):
         if len(r) > depth or inflection != 0:
             raise EvoViTError(

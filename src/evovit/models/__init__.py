@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from importlib import import_module
 from pkgutil import iter_modules
@@ -10,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, nearest
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
 for _info in iter_modules(__path__):
@@ -31,7 +30,8 @@ def create_model(name: str, **kwargs: Any) -> Any:
         `num_classes`).
     """
     if name not in _MODELS:
-        near = difflib.get_close_matches(name, list_models(), 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise EvoViTError(f"There is no model {name!r}; the models are {', '.join(list_models())}.{hint}")
+        raise EvoViTError(
+            f"There is no model {name!r}; the models are {', '.join(list_models())}."
+            f"{nearest(name, list_models())}"
+        )
     return _MODELS[name](**kwargs)

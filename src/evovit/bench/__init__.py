@@ -1,0 +1,1 @@
+"""How fast is a reduced model beside the dense one, here?"""

@@ -1,0 +1,195 @@
+"""How fast is a reduced model beside the dense one, here? Both run in one process, round by round in turn."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from evovit.bench.profile import named_loops, profile, write_trace
+from evovit.bench.row import Measured, Row, rows_of
+from evovit.bench.setting import (
+    Setting,
+    Variant,
+    build_host,
+    build_models,
+    image_size_of,
+    place,
+    random_batches,
+)
+from evovit.bench.step import Step, float32_precision, in_short, prepare
+from evovit.errors import EvoViTError
+from evovit.macs import gmacs
+from evovit.methods import DENSE
+
+SAMPLE_MS = 20.0  # a timed sample has as many steps as fill this, at most `MOST_STEPS`
+MOST_STEPS = 200
+LARGEST_BATCH = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """What is looked at besides time."""
+
+    kernels: bool = True  # count them, and their time by part
+    trace: Path | None = None  # write a Chrome trace of one step of each there
+
+
+def measure(
+    setting: Setting,
+    variants: Sequence[Variant],
+    extras: Extras = Extras(),
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Row]:
+    """Measure the dense model and its variants in every mode, interleaved; the dense rows come first.
+
+    A batch that does not fit is halved until it does, and the rows say so.
+
+    Args:
+        say: gets a line for each thing done.
+    """
+    notes: list[str] = []
+    while True:
+        try:
+            with float32_precision(setting.dtype, setting.device), threads(setting.threads):
+                return _measure(setting, variants, extras, notes, say)
+        except torch.OutOfMemoryError:
+            if setting.batch == 1:
+                raise EvoViTError(f"{setting.model} does not fit on the device even at batch 1.") from None
+        notes.append(f"batch {setting.batch} ran out of memory and was halved")
+        say(f"{setting}: {notes[-1]}")
+        setting = replace(setting, batch=setting.batch // 2)
+        _free()
+
+
+def _measure(
+    setting: Setting,
+    variants: Sequence[Variant],
+    extras: Extras,
+    notes: Sequence[str],
+    say: Callable[[str], None],
+) -> list[Row]:
+    _free()
+    host = build_host(setting)
+    size = image_size_of(setting, host)
+    image_shape = (getattr(host, "in_chans", 3), size, size)
+    models = build_models(host, variants)
+    macs = [gmacs(model, image_shape) for model in models]
+    models = [place(setting, model) for model in models]
+    batches, measured = random_batches(setting, host), list[Measured]()
+    for i, (variant, model) in enumerate(zip([Variant(DENSE), *variants], models, strict=True)):
+        start = time.perf_counter()
+        with named_loops(setting.device):
+            subjects = prepare(model, setting.modes, setting.dtype, batches, setting.train, f"variant_{i}")
+        measured += [Measured(variant, subject, macs[i]) for subject in subjects]
+        say(f"{setting}: {variant} ready after {time.perf_counter() - start:.0f} s")
+    steps = {f"{m.variant} [{m.subject.mode}]": m.subject.step for m in measured if m.subject.step}
+    interleave([m for m in measured if m.subject.step], setting)
+    if extras.kernels:
+        notes = [*notes, *profile_each(measured, setting.device, say)]
+    if extras.trace is not None:
+        try:
+            write_trace(steps, setting.device, extras.trace)
+            say(f"trace written to {extras.trace}")
+        except Exception as error:  # the times are taken
+            notes = [*notes, f"no trace: {in_short(error)}"]
+            say(notes[-1])
+    return rows_of(setting, size, measured, notes)
+
+
+def profile_each(measured: Sequence[Measured], device: str, say: Callable[[str], None]) -> list[str]:
+    """Add a profile to each; return what failed, which takes no row its times.
+
+    A graph replays the kernels of the compiled step and gets its profile, if that was measured: a profiler on
+    CUDA 13.0 does not see a graph's kernels reliably.
+    """
+    failed: list[str] = []
+    for one in (m for m in measured if m.subject.step):
+        if one.subject.mode == "graphs":
+            same = (m for m in measured if m.variant is one.variant and m.subject.mode == "compiled")
+            one.profile = next((m.profile for m in same), None)
+            continue
+        try:
+            one.profile = profile(one.subject.run, device)
+        except Exception as error:  # also out of memory: the times are taken
+            failed.append(f"no profile of {one.variant} [{one.subject.mode}]: {in_short(error)}")
+            say(failed[-1])
+    return failed
+
+
+def interleave(measured: Sequence[Measured], setting: Setting) -> None:
+    """Time each once per round; each round begins with the next one, so that no place is favoured."""
+    on_cuda = setting.device == "cuda"
+    for one in measured:
+        estimate_ms = min(timed(one.subject.run, 0, 1, on_cuda) for _ in range(3))
+        one.steps_per_round = min(MOST_STEPS, max(1, round(SAMPLE_MS / estimate_ms)))
+    for turn in range(setting.rounds):
+        for i in range(len(measured)):
+            one = measured[(turn + i) % len(measured)]
+            one.times_ms.append(timed(one.subject.run, turn, one.steps_per_round, on_cuda))
+
+
+def timed(step: Step, first: int, count: int, on_cuda: bool) -> float:
+    """Return milliseconds per step, back to back, after one step that is not timed.
+
+    Args:
+        first: the input that the first step takes.
+        count: steps that are timed.
+    """
+    step(first)
+    if on_cuda:
+        begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        begin.record()
+        for i in range(count):
+            step(first + 1 + i)
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / count
+    start = time.perf_counter()
+    for i in range(count):
+        step(first + 1 + i)
+    return (time.perf_counter() - start) * 1e3 / count
+
+
+def largest_batch(setting: Setting) -> int:
+    """Return the largest power of two, at most `LARGEST_BATCH`, at which an eager dense step fits."""
+    if setting.device != "cuda":
+        raise EvoViTError("batch 'max' is for CUDA devices; give a number on the CPU.")
+    host, batch = place(setting, build_host(setting)), 1
+    while batch < LARGEST_BATCH:
+        trial = replace(setting, batch=2 * batch)
+        try:
+            batches = random_batches(trial, host)
+            (subject,) = prepare(host, ("eager",), trial.dtype, batches, trial.train, "")
+        except torch.OutOfMemoryError:
+            break
+        if subject.step is None:
+            break
+        batch *= 2
+    host.zero_grad(set_to_none=True)
+    _free()
+    return batch
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Compute with `count` CPU threads; restore the number after."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _free() -> None:
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,1 @@
+"""Reduced models on disk, and checkpoints of the official implementations."""

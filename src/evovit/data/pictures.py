@@ -1,0 +1,154 @@
+"""Images from folders, tar files and Hugging Face data sets: read, augmented as in DeiT, batched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image, ImageOps
+from timm.data import create_transform
+from timm.data.auto_augment import RandAugment
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from evovit.data.dense_labels import DenseLabels
+from evovit.data.images import TEST_BATCH, Batch, Chosen, DigitImages, Images
+from evovit.data.readers import names_of_classes, open_reader
+from evovit.errors import EvoViTError
+from evovit.recipe.tables import Recipe
+from evovit.runtime.seeds import seeded
+from evovit.runtime.world import World
+
+
+class Unreadable(NamedTuple):
+    """An image that could not be read."""
+
+    path: str
+    why: str
+
+
+@dataclass
+class Pictures(Dataset[Any]):
+    """Images of a timm reader by (seeds, row)."""
+
+    reader: Any
+    transform: Callable[[Any], Tensor]
+    dense: DenseLabels | None = None
+
+    def __getitem__(self, key: tuple[tuple[object, ...], int]) -> tuple[Tensor, int | Tensor] | Unreadable:
+        place, row = key
+        try:
+            file, label = self.reader[row]
+            with file, Image.open(file) as opened:
+                image = opened.convert("RGB")
+        except Exception as error:  # PIL raises many kinds for damaged files
+            return Unreadable(
+                str(self.reader.filename(row, absolute=True)), f"{type(error).__name__}: {error}"
+            )
+        with seeded(*place):
+            augmented = self.transform(image)
+        if self.dense is None:
+            return augmented, int(label)
+        return augmented, self.dense(place, self.reader.filename(row, absolute=True), image, int(label))
+
+
+class PictureImages(Images):
+    """Folders, tar files and Hugging Face data sets through timm's readers."""
+
+    def __init__(
+        self, recipe: Recipe, side: int, colours: tuple[tuple[float, ...], tuple[float, ...]]
+    ) -> None:
+        data = recipe.data
+        readers = {split: open_reader(data.source, split) for split in (data.train_split, data.test_split)}
+        super().__init__(
+            recipe, names_of_classes(readers[data.train_split], readers[data.test_split], data.source)
+        )
+        self.length = len(readers[data.train_split])
+        mean, std = colours
+        shared = {"input_size": side, "mean": mean, "std": std, "interpolation": "bicubic"}
+        augment = create_transform(
+            **shared,
+            is_training=True,
+            scale=(data.crop_scale, 1.0),
+            hflip=data.flip,
+            color_jitter=data.colour_jitter or None,
+            auto_augment=data.rand_augment or None,
+            re_prob=data.erase,
+            re_mode="pixel",
+        )
+        allow_black(augment)
+        smoothing, crop = recipe.objective.label_smoothing, augment.transforms[0]
+        shared_labels = (data.token_label_grid, self.num_classes, smoothing, crop, data.flip)
+        dense = DenseLabels(Path(data.token_labels), *shared_labels) if data.token_labels else None
+        self.pictures = Pictures(readers[data.train_split], augment, dense)
+        plain = create_transform(**shared, crop_pct=data.crop_pct)
+        self.test_pictures = Pictures(readers[data.test_split], plain)
+
+    def read_train(self, epoch: int, chosen: Chosen, device: torch.device) -> Iterator[Batch]:
+        seed = self.recipe.run.seed
+        keys = ([((seed, epoch, place), image) for place, image in part] for part in chosen)
+        yield from self._load(self.pictures, keys, device)
+
+    def test(self, world: World) -> Iterator[Batch]:
+        rows = range(world.rank, len(self.test_pictures.reader), world.size)
+        keys = [
+            [(("test",), row) for row in rows[i : i + TEST_BATCH]] for i in range(0, len(rows), TEST_BATCH)
+        ]
+        yield from self._load(self.test_pictures, keys, world.device)
+
+    def _load(self, pictures: Pictures, keys: Iterable[list[Any]], device: torch.device) -> Iterator[Batch]:
+        workers, own = self.recipe.data.workers, torch.Generator()  # else it draws from the training's
+        loader = DataLoader(pictures, batch_sampler=keys, collate_fn=list, num_workers=workers, generator=own)
+        for items in loader:
+            for item in items:
+                if isinstance(item, Unreadable):
+                    self._report(item)
+            whole = [item for item in items if not isinstance(item, Unreadable)]
+            if not whole:
+                raise EvoViTError(
+                    "No image of a batch can be read; repair the data, or make the batch larger."
+                )
+            images, labels = zip(*whole, strict=True)
+            yield stacked(images, device), stacked(labels, device) if pictures.dense else torch.tensor(labels)
+
+    def _report(self, item: Unreadable) -> None:
+        self.unreadable.setdefault(item.path, item.why)
+        limit = self.recipe.data.max_corrupt
+        if len(self.unreadable) > limit:
+            raise EvoViTError(
+                f"{len(self.unreadable)} images cannot be read, data.max_corrupt is {limit}; the last: "
+                f"{item.path} ({item.why})."
+            )
+
+
+def stacked(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Stack tensors; for a CUDA device in pinned memory, from which it copies while the host goes on."""
+    out = tensors[0].new_empty((len(tensors), *tensors[0].shape), pin_memory=device.type == "cuda")
+    return torch.stack(tuple(tensors), out=out)
+
+
+def allow_black(augment: Any) -> None:
+    """Let the posterize of timm's RandAugment keep 0 bits, an all-black image, which Pillow 13 refuses."""
+    for part in augment.transforms:
+        for op in part.ops if isinstance(part, RandAugment) else []:
+            if op.name.startswith("Posterize"):
+                op.aug_fn = posterize
+
+
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keep the highest `bits` of each colour, 0 to 8."""
+    return ImageOps.posterize(image, bits) if bits >= 1 else Image.new(image.mode, image.size)
+
+
+def open_images(recipe: Recipe, side: int, colours: tuple[tuple[float, ...], tuple[float, ...]]) -> Images:
+    """Open the data of a recipe for images of `side` pixels, normalised by `colours`."""
+    is_digits = recipe.data.source == "digits"
+    images = DigitImages(recipe, side) if is_digits else PictureImages(recipe, side, colours)
+    if images.updates < 1:
+        raise EvoViTError(
+            f"data.batch_size is {recipe.data.batch_size}, more than the {images.length} training images."
+        )
+    return images

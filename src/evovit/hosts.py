@@ -1,0 +1,60 @@
+"""A host by its name, or one sentence that says why there is none."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from evovit import models  # registers the named models in timm
+from evovit.errors import EvoViTError, nearest, shown
+
+__all__ = ["check_name", "create_host", "models"]
+
+
+def check_name(name: str, what: str = "model") -> str:
+    """Return a name that timm knows, or one of a hub, with a colon; raises `EvoViTError` for any other."""
+    if ":" not in name and not timm.is_model(name.split(".")[0]):
+        raise EvoViTError(
+            f"{what} is {shown(name)}, which timm does not know.{nearest(name, timm.list_models())}"
+        )
+    return name
+
+
+def create_host(
+    name: str, *, pretrained: bool = False, what: str = "model", seed: int | None = None, **options: Any
+) -> nn.Module:
+    """Create a timm model on the current default device.
+
+    Args:
+        what: what the name is, for sentences, such as `model.name`.
+        seed: for a model that draws its own weights from a seed.
+        options: further arguments of `timm.create_model`.
+
+    Raises:
+        EvoViTError: an unknown name, arguments the model does not take, weights that cannot be had.
+    """
+    check_name(name, what)
+    if seed is not None and ":" not in name:
+        entry = timm.model_entrypoint(name)
+        options |= {"seed": seed} if "seed" in inspect.signature(entry).parameters else {}
+    make = partial(timm.create_model, name, pretrained=pretrained, **options)
+    try:
+        try:
+            return make()  # type: ignore[no-any-return]
+        except (
+            NotImplementedError
+        ):  # timm below 1.0.30 reads numbers to build a RegNet: the meta device has none
+            with torch.device("cpu"):
+                return make()  # type: ignore[no-any-return]
+    except EvoViTError:
+        raise
+    except Exception as error:  # a constructor given a stranger's options raises what it likes
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        if pretrained and isinstance(error, OSError | RuntimeError):
+            raise EvoViTError(f"{what}: the weights of {name} cannot be had ({told}).") from error
+        raise EvoViTError(f"timm cannot make {name} with {shown(options)} ({told}).") from error

@@ -1,0 +1,1 @@
+"""What a training is: tables of options, read from TOML."""

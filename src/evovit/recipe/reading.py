@@ -1,0 +1,185 @@
+"""Recipes from TOML: reading, overrides, and checks of what belongs together."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from evovit.errors import EvoViTError, nearest, shown
+from evovit.methods import DENSE, find_method, list_methods
+from evovit.options import Described, build, describe, read_assignment
+from evovit.recipe.tables import TABLES, Recipe
+
+LIBRARY = Path(__file__).parent / "library"  # recipes that come with the package
+OLD_DENSE = "none"  # what run folders of version 0.1 call the dense method
+PICTURE_KNOBS = (
+    "repeats",
+    "crop_scale",
+    "flip",
+    "rand_augment",
+    "colour_jitter",
+    "erase",
+    "token_labels",
+    "token_label_grid",
+    "crop_pct",
+    "workers",
+)
+DIGIT_KNOBS = ("scenes", "test_scenes", "fragments")
+HOW_ONLY = ("run.batch_per_device", "data.workers", "run.checkpoint_every", "run.log_to", "run.device")
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: a TOML file.
+        overrides: each `table.key=value`, the value as in TOML; what is no TOML value is taken as text.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EvoViTError(f"The recipe {str(path)!r} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise EvoViTError(f"The recipe {str(path)!r} is not valid TOML: {error}.") from error
+    for override in overrides:
+        _override(tables, override)
+    return parse_recipe(tables)
+
+
+def parse_recipe(tables: dict[str, Any]) -> Recipe:
+    """Build a recipe from plain tables; raises `EvoViTError` for a wrong key, type or value."""
+    for name in tables:
+        if name not in TABLES:
+            there = f"there are {', '.join(TABLES)}"
+            raise EvoViTError(f"A recipe has no table [{name}]; {there}.{nearest(name, TABLES)}")
+    recipe = Recipe(**{name: _table(name, tables.get(name, {})) for name in TABLES})
+    check_together(recipe)
+    return recipe
+
+
+def check_together(recipe: Recipe) -> None:
+    """Raise `EvoViTError` where two knobs contradict each other or one has no effect."""
+    data, goal, run = recipe.data, recipe.objective, recipe.run
+    unused, why = (PICTURE_KNOBS, "digits") if data.source == "digits" else (DIGIT_KNOBS, "images")
+    for f in fields(data):
+        if f.name in unused and getattr(data, f.name) != f.default:
+            raise EvoViTError(f"data.{f.name} is given, but has no effect on {why}; leave it out.")
+    if data.rand_augment and data.colour_jitter:
+        raise EvoViTError("data.colour_jitter has no effect beside data.rand_augment; leave one out.")
+    rate = recipe.learning_rate
+    cosine = "run.epochs - learning_rate.last_epochs" if rate.last_epochs else "run.epochs"
+    if rate.warm_up_epochs >= run.epochs - rate.last_epochs:
+        raise EvoViTError(
+            f"learning_rate.warm_up_epochs is {rate.warm_up_epochs:g}; allowed is below {cosine}, "
+            f"{run.epochs - rate.last_epochs}."
+        )
+    if run.batch_per_device and data.batch_size % run.batch_per_device:
+        raise EvoViTError(
+            f"run.batch_per_device is {run.batch_per_device}; allowed is a divisor of data.batch_size, "
+            f"{data.batch_size}."
+        )
+    taught = goal.distillation != "none" or goal.token_distillation > 0
+    if taught and not goal.teacher:
+        raise EvoViTError("objective.teacher is empty, but there is distillation; give a timm name or a run.")
+    if goal.teacher and not taught and not find_method(recipe.method.name).learns_from_teacher:
+        raise EvoViTError("objective.teacher is given, but nothing is learnt from it; set distillation.")
+    if goal.teacher_weights and not goal.teacher:
+        raise EvoViTError("objective.teacher_weights is given without objective.teacher; give both.")
+    if data.token_labels and (not goal.token_label_weight or data.mixup or data.cutmix):
+        raise EvoViTError(
+            "data.token_labels needs objective.token_label_weight, and neither data.mixup nor data.cutmix."
+        )
+    if goal.mix_token and (data.mixup or data.cutmix):
+        raise EvoViTError(
+            "objective.mix_token takes the place of data.mixup and data.cutmix; leave these out."
+        )
+    if goal.token_distillation and recipe.method.name == DENSE:
+        raise EvoViTError(
+            "objective.token_distillation is for a token reduction, but method.name is 'dense'."
+        )
+    late = run.reduce_from_epoch + run.reduce_ramp_epochs
+    if late and recipe.method.name == DENSE:
+        raise EvoViTError(
+            "run.reduce_from_epoch and reduce_ramp_epochs need a method, and method.name is 'dense'."
+        )
+    if late > run.epochs:
+        raise EvoViTError(
+            f"run.reduce_from_epoch + reduce_ramp_epochs is {late}; "
+            f"allowed is up to run.epochs, {run.epochs}."
+        )
+    if recipe.model.pretrained and recipe.model.weights:
+        raise EvoViTError("model.pretrained and model.weights both say where to start; give one.")
+
+
+def _table(name: str, content: Any) -> Any:
+    if not isinstance(content, dict):
+        raise EvoViTError(f"{name} is {shown(content)}; it is a table: [{name}].")
+    if name == "method":
+        method = content.get("name", DENSE)
+        options = {key: value for key, value in content.items() if key != "name"}
+        content = {"name": DENSE if method == OLD_DENSE else method, "options": options}
+    return build(TABLES[name], content, f"[{name}]")
+
+
+def _override(tables: dict[str, Any], text: str) -> None:
+    path, value = read_assignment(text, "method.keep_ratio=0.5")
+    *place, key = [part.strip() for part in path.split(".")]
+    if not place:
+        raise EvoViTError(f"{shown(text)} names no table; give table.key=value, such as run.epochs=10.")
+    for part in place:
+        tables = tables.setdefault(part, {})
+        if not isinstance(tables, dict):
+            raise EvoViTError(f"{shown(text)}: {part} is not a table.")
+    tables[key] = _as_toml(value)
+
+
+def _as_toml(value: Any) -> Any:
+    """Return a value as a TOML file would hold it."""
+    if isinstance(value, tuple | list):
+        return [_as_toml(item) for item in value]
+    return "none" if value is None else value
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """Say where two recipes would train differently, `key: old, now new` each."""
+    before, now = dict(old.knobs()), dict(new.knobs())
+    paths = [path for path in {**before, **now} if path not in HOW_ONLY]
+    return [
+        f"{path}: {before.get(path)!r}, now {now.get(path)!r}"
+        for path in paths
+        if before.get(path) != now.get(path)
+    ]
+
+
+def describe_recipe() -> dict[str, tuple[str, list[Described]]]:
+    """Return by table what it is about and its options, methods' own after `method`."""
+    found = {}
+    for name, kind in TABLES.items():
+        own = [each for each in describe(kind) if name != "method" or each.name != "options"]
+        found[name] = ((kind.__doc__ or "").splitlines()[0], own)
+        for method in list_methods() if name == "method" else ():
+            cls = find_method(method)
+            found[f"method, name = {method}"] = ((cls.__doc__ or "").splitlines()[0], describe(cls.Config))
+    return found
+
+
+def list_recipes() -> dict[str, str]:
+    """Return the recipes that come with evovit by name, with the first line of each."""
+    files = sorted(LIBRARY.rglob("*.toml"), key=lambda path: (len(path.parts), path))
+    names = (str(path.relative_to(LIBRARY).with_suffix("")) for path in files)
+    return {name: (LIBRARY / f"{name}.toml").read_text().splitlines()[0].strip("# ") for name in names}
+
+
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe: a path, or the name of one that comes with evovit."""
+    for path in (Path(name), LIBRARY / f"{name}.toml"):
+        if path.is_file():
+            return path
+    known = list_recipes()
+    raise EvoViTError(
+        f"There is no recipe {name!r}: neither such a file nor one that comes with evovit (evovit recipes "
+        f"lists them).{nearest(name, known)}"
+    )

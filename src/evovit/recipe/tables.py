@@ -1,0 +1,239 @@
+"""Recipe: what a training is, as a tree of frozen tables. Every option carries its meaning and its range.
+
+`evovit.recipe.reading` reads it from TOML; `evovit options` prints this file as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+
+import tomli_w
+from annotated_types import Ge, Le
+
+from evovit.errors import EvoViTError
+from evovit.methods import DENSE, build_config, find_method
+from evovit.options import MOST, Count, Number, Options, Share, Weight, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTable(Options):
+    """The network before anything is reduced."""
+
+    title: ClassVar[str] = "model."
+
+    name: str = option(meaning="a timm name, or small_vit, the small ViT of the quickstart")
+    num_classes: Number = option(0, "classes of the head; 0: as many as the data has")
+    drop_path: Annotated[float, Ge(0), Le(0.95)] = option(
+        0.0, "stochastic depth at the last block, growing from 0"
+    )
+    pretrained: bool = option(False, "start from timm's published weights (needs the network)")
+    weights: str = option("", "start from this file, .safetensors or .pth; empty: from scratch")
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of timm's create_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodTable(Options):
+    """The token reduction; every further key is an option of the method (`evovit methods` lists them)."""
+
+    title: ClassVar[str] = "method."
+
+    name: str = option(DENSE, "a method's name; dense: nothing is reduced")
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        build_config(find_method(self.name), self.options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataTable(Options):
+    """Images and what happens to them before the network."""
+
+    title: ClassVar[str] = "data."
+
+    source: str = option(
+        meaning="digits (built in), a folder of split/class/image, wds/FOLDER (WebDataset shards), or "
+        "hfds/NAME (Hugging Face)"
+    )
+    train_split: str = option(
+        "train", "training images: sub-folder or .tar; part of the shards' names (wds); split (hfds)"
+    )
+    test_split: str = option("val", "the same of the test images")
+    batch_size: Count = option(meaning="images per update over all devices: the EFFECTIVE batch")
+    workers: Number = option(4, "processes per device that read images")
+    max_corrupt: Number = option(10, "unreadable images, each reported, before the run stops")
+    repeats: Count = option(1, "repeated augmentation: copies of an image per epoch (DeiT: 3)")
+    crop_scale: Annotated[float, Ge(0.01), Le(1)] = option(0.08, "least share of the area in a random crop")
+    flip: Share = option(0.5, "chance of a horizontal flip")
+    rand_augment: str = option("", "timm's policy string (DeiT: rand-m9-mstd0.5-inc1); empty: none")
+    colour_jitter: Share = option(0.0, "strength; without effect, so refused, beside rand_augment")
+    erase: Share = option(0.0, "chance of random erasing, per-pixel noise")
+    mixup: Weight = option(0.0, "alpha of mixup; 0: off")
+    cutmix: Weight = option(0.0, "alpha of cutmix; 0: off; with both on each is used half of the time")
+    token_labels: str = option("", "folder of dense labels (TokenLabeling); empty: patches have the image's")
+    token_label_grid: Count = option(14, "cells of a side of the dense labels: the model's grid")
+    crop_pct: Annotated[float, Ge(0.1), Le(1)] = option(
+        0.875, "side of the test crop over the resized shorter side"
+    )
+    scenes: Count = option(2048, "digits: training scenes per epoch, drawn anew each")
+    test_scenes: Count = option(2000, "digits: test scenes, always the same")
+    fragments: Number = option(
+        4, "digits: distracting fragments in a scene, from 0 up to these at half the epochs"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveTable(Options):
+    """What is minimised."""
+
+    title: ClassVar[str] = "objective."
+
+    reduction: Literal["sum", "mean"] = option(
+        "sum", "of the heads' losses (eq. 8): sum as printed, mean as released"
+    )
+    label_smoothing: Annotated[float, Ge(0), Le(0.99)] = option(
+        0.0, "share of the target spread over all classes"
+    )
+    distillation: Literal["none", "soft", "hard"] = option("none", "soft: KL divergence, hard: its top class")
+    teacher: str = option("", "a timm name, or the folder of a finished run; frozen")
+    teacher_weights: str = option("", "file for a timm teacher; empty: timm's published weights")
+    alpha: Share = option(0.5, "weight of the distillation; the labels get 1 - alpha")
+    temperature: Annotated[float, Ge(0.01)] = option(1.0, "of soft distillation")
+    token_distillation: Weight = option(0.0, "weight of the squared distance to the teacher's patch tokens")
+    token_label_weight: Weight = option(
+        0.0, "weight of the loss of every patch token (LV-ViT's token labelling: 1)"
+    )
+    mix_token: bool = option(False, "MixToken: a box of embedded patches comes from another image")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerTable(Options):
+    """AdamW; weight decay spares vectors, biases and what the model names."""
+
+    title: ClassVar[str] = "optimizer."
+
+    name: Literal["adamw", "muon"] = option(
+        "adamw", "muon: Muon for the blocks' matrices, AdamW for the rest"
+    )
+    weight_decay: Weight = option(0.05, "decoupled")
+    beta1: Annotated[float, Ge(0), Le(0.9999)] = option(0.9, "decay of AdamW's first moment")
+    beta2: Annotated[float, Ge(0), Le(0.999999)] = option(0.999, "decay of AdamW's second moment")
+    eps: Annotated[float, Ge(1e-30)] = option(1e-08, "of AdamW")
+    clip_norm: Weight = option(0.0, "largest norm of the whole gradient; 0: off")
+    adaptive_clip: Weight = option(0.0, "largest ratio of a unit's gradient norm to its weight norm; 0: off")
+    rate_factors: str = option(
+        "", "PREFIX=FACTOR words: the rate of parameters so named, times a factor; the host's are model."
+    )
+    freeze_host_epochs: Number = option(0, "first epochs in which the host's rate is 0, the method's not")
+    frozen: str = option("", "names of the host's parameters that are not trained, with spaces between")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.factors
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """`rate_factors` by prefix."""
+        pairs = [word.rpartition("=") for word in self.rate_factors.split()]
+        try:
+            factors = {prefix: float(factor) for prefix, _, factor in pairs if prefix}
+        except ValueError:
+            factors = {}
+        if len(factors) != len(pairs) or min(factors.values(), default=1.0) < 0:
+            raise EvoViTError(
+                f"optimizer.rate_factors is {self.rate_factors!r}; give words such as model.=0.01, no factor "
+                "below 0."
+            )
+        return factors
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRateTable(Options):
+    """Linear warm-up, then a cosine, set anew for each update."""
+
+    title: ClassVar[str] = "learning_rate."
+
+    base: Weight = option(
+        meaning="peak of AdamW's rate for a batch of reference_batch; scaled with the batch"
+    )
+    reference_batch: Count = option(512, "images to which base and run.ema_decay refer")
+    muon: Weight = option(0.02, "peak of Muon's rate for a batch of reference_batch")
+    warm_up_epochs: Weight = option(5.0, "rise from warm_up_start; may be a fraction")
+    warm_up_start: Weight = option(1e-06, "first rate, not scaled")
+    minimum: Weight = option(1e-05, "last rate, not scaled")
+    last_epochs: Number = option(0, "of run.epochs, after the cosine: at the last rate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunTable(Options):
+    """How the training is run."""
+
+    title: ClassVar[str] = "run."
+
+    epochs: Count = option(meaning="passes over the data")
+    seed: Annotated[int, Ge(0), Le(MOST)] = option(
+        0, "first weights, order, augmentation and drop path follow from it"
+    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes CUDA if there is any")
+    batch_per_device: Number = option(
+        0, "images per device and forward; accumulation follows; 0: no accumulation"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "of autocast; fp16 with a loss scaler")
+    compile: bool = option(False, "torch.compile of model and loss")
+    activation_checkpointing: bool = option(
+        False, "recompute each block in the backward pass: less memory, more time"
+    )
+    ema_decay: Share = option(0.0, "of a moving average of the weights, per reference_batch images; 0: none")
+    reduce_from_epoch: Number = option(0, "the first epoch that reduces tokens (supplement, starting epoch)")
+    reduce_ramp_epochs: Number = option(
+        0, "epochs over which the share of reduced tokens grows to its full value"
+    )
+    test_every: Count = option(1, "epochs between tests; the last epoch is always tested")
+    checkpoint_every: Number = option(
+        0, "updates between checkpoints, beside the one after each epoch; 0: none"
+    )
+    max_skipped: Count = option(10, "updates in a row skipped for a non-finite loss before the run stops")
+    log_to: Literal["none", "tensorboard", "wandb"] = option("none", "also log to this, if installed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A complete training. Two equal recipes give the same weights on the same machine."""
+
+    model: ModelTable
+    method: MethodTable
+    data: DataTable
+    objective: ObjectiveTable
+    optimizer: OptimizerTable
+    learning_rate: LearningRateTable
+    run: RunTable
+
+    @property
+    def scale(self) -> float:
+        """Effective batch over reference batch."""
+        return self.data.batch_size / self.learning_rate.reference_batch
+
+    def knobs(self) -> Iterator[tuple[str, Any]]:
+        """Yield every knob as (table.key, value)."""
+        for table in fields(self):
+            part = getattr(self, table.name)
+            for f in fields(part):
+                value = getattr(part, f.name)
+                if f.name != "options":
+                    yield f"{table.name}.{f.name}", value
+                    continue
+                inside = "options." if table.name == "model" else ""
+                yield from ((f"{table.name}.{inside}{key}", item) for key, item in value.items())
+
+    def to_toml(self) -> str:
+        """Return the recipe as TOML with every option."""
+        tables = {table.name: dict(vars(getattr(self, table.name))) for table in fields(self)}
+        tables["method"] |= tables["method"].pop("options")
+        return tomli_w.dumps(tables)
+
+
+TABLES: dict[str, type[Any]] = {
+    name: kind for name, kind in get_type_hints(Recipe).items() if isinstance(kind, type)
+}

@@ -1,0 +1,1 @@
+"""What the run road leaves for people to read: tables, plots, pages."""

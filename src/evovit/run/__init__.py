@@ -1,1 +1,0 @@
-"""Recipe -> numbers: training, evaluation, checkpoints, benchmarks, reports."""

@@ -1,0 +1,1 @@
+"""Files, processes, seeds and environment of a run."""

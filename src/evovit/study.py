@@ -1,0 +1,172 @@
+"""A study: recipes trained, tested and timed once, side by side. `compare` and `quickstart` are studies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from evovit.bench.row import Measured, Row, rows_of
+from evovit.bench.setting import Setting, Variant
+from evovit.bench.step import Batch, prepare
+from evovit.bench.timing import interleave
+from evovit.data.images import Images
+from evovit.errors import EvoViTError
+from evovit.macs import gmacs
+from evovit.methods import DENSE, find_method
+from evovit.model import ReducedViT, backbone_of
+from evovit.recipe.reading import parse_recipe, read_recipe
+from evovit.recipe.tables import Recipe
+from evovit.runtime.world import World
+from evovit.train.build import colours_of, open_run
+from evovit.train.evaluate import evaluate
+from evovit.train.run import train_model
+
+EQUAL = ("data", "run")  # tables that set the budget
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One recipe of a study, once per seed."""
+
+    name: str
+    runs: list[tuple[Recipe, Path]]  # and the folder of each
+
+    @property
+    def recipe(self) -> Recipe:
+        """That of the first seed."""
+        return self.runs[0][0]
+
+    @property
+    def is_dense(self) -> bool:
+        """Tell whether nothing is reduced."""
+        return self.recipe.method.name == DENSE
+
+
+class Standing(NamedTuple):
+    """How accurate one contestant is."""
+
+    name: str
+    method: str  # with its options
+    model: nn.Module  # of the last seed, trained, in evaluation mode
+    before: list[float]  # top-1 % per seed, as it starts, untrained
+    after: list[float]  # top-1 % per seed, after its training
+
+
+class Shown(NamedTuple):
+    """Test images for pictures."""
+
+    images: Tensor  # (n, 3, height, width), normalised, as the models take them
+    colours: Tensor  # the same in [0, 1]
+    titles: list[str]
+
+
+def plan(
+    paths: Sequence[Path], overrides: Sequence[str], dense: str, seeds: Sequence[int], out: Path
+) -> list[Contestant]:
+    """Read all recipes for all seeds, dense first; raises `EvoViTError` unless their budgets are equal."""
+    if not seeds:
+        raise EvoViTError("No seed is given; give at least one.")
+    if len({path.stem for path in paths}) < len(paths):
+        raise EvoViTError("Two recipes have one file name, which names their folder; rename one.")
+    contestants = [
+        Contestant(
+            path.stem,
+            [(_recipe(path, overrides, dense, seed), out / path.stem / f"seed{seed}") for seed in seeds],
+        )
+        for path in paths
+    ]
+    if sum(contestant.is_dense for contestant in contestants) != 1:
+        raise EvoViTError("A comparison needs exactly one recipe of the dense model (no [method] table).")
+    first = contestants[0]
+    for other in contestants[1:]:
+        for table in EQUAL:
+            ours, theirs = getattr(first.recipe, table), getattr(other.recipe, table)
+            for f in fields(ours):
+                if getattr(ours, f.name) != getattr(theirs, f.name):
+                    raise EvoViTError(
+                        f"The budgets differ: {table}.{f.name} is {getattr(ours, f.name)!r} in {first.name} "
+                        f"and {getattr(theirs, f.name)!r} in {other.name}; make them equal, or use --set."
+                    )
+    return sorted(contestants, key=lambda contestant: not contestant.is_dense)
+
+
+def _recipe(path: Path, overrides: Sequence[str], dense: str, seed: int) -> Recipe:
+    start = dense.replace("{seed}", str(seed))
+    told = [*overrides, f"run.seed={seed}"]
+    if start:
+        weights = Path(start) / "model" / "model.safetensors"
+        if not weights.is_file():
+            raise EvoViTError(
+                f"dense is {start!r}, where {weights} is missing; give the folder of a finished run of the "
+                "dense model."
+            )
+        told.append(f"model.weights={weights}")
+    recipe = read_recipe(path, told)
+    if start and find_method(recipe.method.name).learns_from_teacher:
+        return read_recipe(path, [*told, f"objective.teacher={start}"])
+    return recipe
+
+
+def hold(contestant: Contestant, world: World, console: Console) -> Standing:
+    """Train every run of a contestant; test each as it starts and after its training."""
+    before, after = [], []
+    for recipe, folder in contestant.runs:
+        images, model = open_run(recipe)
+        model = model.to(world.device)
+        if isinstance(model, ReducedViT):
+            model.method.set_progress(1.0)
+        before.append(evaluate(model, images, recipe, world).top1)
+        train_model(recipe, folder, world, console, images, model)
+        after.append(evaluate(model, images, recipe, world).top1)
+    method = contestant.recipe.method
+    return Standing(contestant.name, str(Variant(method.name, method.options)), model.eval(), before, after)
+
+
+def measure(found: Sequence[Standing], world: World, engine: str, batch: int, rounds: int) -> list[Row]:
+    """Time the models in turn; the first is the dense one."""
+    device = world.device.type
+    setting = Setting(model=found[0].name, device=device, batch=batch, modes=(engine,), rounds=rounds)
+    shape = backbone_of(found[0].model).image_shape
+    torch.compiler.reset()
+    images = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(world.device)
+    batches = [Batch(images, torch.zeros(batch, dtype=torch.int64, device=world.device))]
+    measured = []
+    for i, each in enumerate(found):
+        subject = prepare(each.model, (engine,), "fp32", batches, False, f"variant_{i}")[0]
+        if subject.step is None:
+            raise EvoViTError(f"{each.name} cannot be timed with engine {engine}: {subject.skipped}.")
+        variant = Variant(each.name if i else DENSE)
+        measured.append(Measured(variant, subject, gmacs(each.model, shape)))
+    interleave(measured, setting)
+    return rows_of(setting, shape[-1], measured)
+
+
+def shown_images(recipe: Recipe, images: Images, model: nn.Module, world: World, count: int) -> Shown:
+    """Return test images of a recipe, as many classes as possible among them, with their classes' names."""
+    batch, labels = next(iter(images.test(world)))
+    order = sorted(range(len(labels)), key=lambda i: (int((labels[:i] == labels[i]).sum()), i))[:count]
+    mean, std = (torch.tensor(part).view(3, 1, 1) for part in colours_of(recipe, model))
+    colours = (batch[order] * std + mean).clamp(0, 1)
+    return Shown(batch[order], colours, [images.class_names[label] for label in labels[order].tolist()])
+
+
+def digit_recipes(keep_ratio: float, data: dict[str, Any], run: dict[str, Any]) -> dict[str, Recipe]:
+    """Return the quickstart's recipes of both models, alike but for the method; else as digits/dense.toml."""
+    tables = {
+        "model": {"name": "small_vit"},
+        "data": data,
+        "optimizer": {"name": "muon", "beta2": 0.98, "clip_norm": 1.0},
+        "learning_rate": {
+            **{"base": 2e-3, "muon": 0.02, "reference_batch": data["batch_size"]},
+            **{"warm_up_epochs": 0.08 * run["epochs"], "warm_up_start": 0.0, "minimum": 0.0},
+        },
+        "run": run,
+    }
+    method = {"name": "evo_vit", "keep_ratio": keep_ratio, "start_block": 2, "stage_length": 3}
+    return {"dense": parse_recipe(tables), "evo_vit": parse_recipe(tables | {"method": method})}

@@ -1,0 +1,181 @@
+"""From a recipe to model, teacher and optimisers; to check a recipe, its model is built without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from evovit.data.digits import MEAN, NUM_CLASSES, STD
+from evovit.data.images import Images
+from evovit.data.pictures import open_images
+from evovit.errors import EvoViTError, nearest
+from evovit.hosts import create_host
+from evovit.methods import DENSE
+from evovit.model import ReducedViT, backbone_of, reduce_tokens
+from evovit.recipe.reading import read_recipe
+from evovit.recipe.tables import Recipe
+from evovit.runtime.files import read_state_dict
+from evovit.runtime.seeds import number
+from evovit.train.objective import Objective
+from evovit.train.optimizers import build_optimizers
+from evovit.train.state import read_weights
+
+Colours = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel
+
+
+def build_model(recipe: Recipe, num_classes: int, *, weights: bool = True) -> nn.Module:
+    """Build the recipe's model for a number of classes; equal seeds give equal first weights.
+
+    Args:
+        weights: also load `model.weights` or the published ones, if the recipe asks for them.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(number(recipe.run.seed, "weights"))
+        table = recipe.model
+        drop_path = {"drop_path_rate": table.drop_path} if table.drop_path else {}
+        host = create_host(
+            table.name,
+            pretrained=weights and table.pretrained,
+            what="model.name",
+            seed=recipe.run.seed,
+            **({"num_classes": num_classes} | table.options | drop_path),
+        )
+        if weights and recipe.model.weights:
+            fit(host, read_state_dict(recipe.model.weights), f"model.weights, {recipe.model.weights!r},")
+        freeze(host, recipe.optimizer.frozen.split())
+        if recipe.method.name == DENSE:
+            return host
+        model = reduce_tokens(host, recipe.method.name, **recipe.method.options)
+    if recipe.run.reduce_from_epoch or recipe.run.reduce_ramp_epochs:
+        model.method.set_reduction(1.0)  # refuses a method that cannot
+    return model
+
+
+def freeze(host: nn.Module, names: Sequence[str]) -> None:
+    """Take parameters of the host, named as it names them, out of the training."""
+    own = dict(host.named_parameters())
+    for name in names:
+        if name not in own:
+            raise EvoViTError(
+                f"optimizer.frozen names {name!r}, which the network does not have.{nearest(name, own)}"
+            )
+        own[name].requires_grad_(False)
+
+
+def check_recipe(recipe: Recipe) -> tuple[int, Colours]:
+    """Build model, teacher and losses on the meta device, where they take no memory, to check a recipe.
+
+    Returns:
+        the side of the images in pixels; mean and standard deviation of their colours.
+    """
+    classes = recipe.model.num_classes or NUM_CLASSES
+    if recipe.model.weights and not Path(recipe.model.weights).is_file():
+        raise EvoViTError(f"model.weights: there is no file {recipe.model.weights!r}.")
+    with torch.device("meta"):
+        model = build_model(recipe, classes, weights=False)
+        build_objective(recipe, model, classes, weights=False)
+        build_optimizers(recipe, model)
+    return image_side(model), colours_of(recipe, model)
+
+
+def image_side(model: nn.Module) -> int:
+    """Return the side of the square images a model was built for, in pixels."""
+    height, width = backbone_of(model).image_shape[1:]
+    if height != width:
+        raise EvoViTError(
+            f"The model is for images of {height} x {width} pixels; only squares can be trained."
+        )
+    return height
+
+
+def colours_of(recipe: Recipe, model: nn.Module) -> Colours:
+    """Return mean and standard deviation by which the images of a recipe are normalised."""
+    if recipe.data.source == "digits":
+        return (MEAN,) * 3, (STD,) * 3
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    return tuple(cfg.get("mean", IMAGENET_DEFAULT_MEAN)), tuple(cfg.get("std", IMAGENET_DEFAULT_STD))
+
+
+def build_objective(recipe: Recipe, model: nn.Module, num_classes: int, *, weights: bool = True) -> Objective:
+    """Join a model with its teacher and losses; without `weights` theirs, or the teacher, may be left out."""
+    goal = recipe.objective
+    if goal.teacher_weights and not Path(goal.teacher_weights).is_file():
+        raise EvoViTError(f"objective.teacher_weights: there is no file {goal.teacher_weights!r}.")
+    if not goal.teacher:
+        if weights and isinstance(model, ReducedViT) and model.method.needs_teacher:
+            raise EvoViTError(
+                f"{recipe.method.name} as configured learns from a teacher and there is none; set "
+                "objective.teacher, or the method's token_weight to 0."
+            )
+        return Objective(model, goal)
+    if (Path(goal.teacher) / "recipe.toml").is_file():
+        taught = read_recipe(Path(goal.teacher) / "recipe.toml")
+        teacher = build_model(taught, num_classes, weights=False)
+        if weights:
+            fit(teacher, read_weights(Path(goal.teacher), "best"), f"The teacher {goal.teacher!r}")
+        theirs = colours_of(taught, teacher)
+    else:
+        download = weights and not goal.teacher_weights
+        teacher = create_host(
+            goal.teacher, pretrained=download, what="objective.teacher", num_classes=num_classes
+        )
+        if weights and goal.teacher_weights:
+            fit(
+                teacher,
+                read_state_dict(goal.teacher_weights),
+                f"objective.teacher, {goal.teacher_weights!r},",
+            )
+        cfg: Any = teacher.pretrained_cfg
+        theirs = tuple(cfg.get("mean", IMAGENET_DEFAULT_MEAN)), tuple(cfg.get("std", IMAGENET_DEFAULT_STD))
+    (mean, std), (other_mean, other_std) = (
+        [torch.tensor(part, device="cpu") for part in colours]
+        for colours in (colours_of(recipe, model), theirs)
+    )
+    objective = Objective(model, goal, teacher, (std / other_std, (mean - other_mean) / other_std))
+    if goal.token_distillation and isinstance(model, ReducedViT):
+        ours, other = (backbone_of(m).spec for m in (model, teacher))
+        if (ours.grid, ours.dims) != (other.grid, other.dims):
+            raise EvoViTError(
+                f"token_distillation compares token by token, but the teacher has {other.grid} of width "
+                f"{other.dims[-1]} and the model {ours.grid} of {ours.dims[-1]}; choose an equal teacher."
+            )
+    return objective
+
+
+def fit(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """Load a state dict or say in a sentence why it does not fit."""
+    own = module.state_dict()
+    lacking, surplus = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    other = [key for key, value in state.items() if key in own and own[key].shape != value.shape]
+    wrong = []
+    if lacking:
+        wrong.append(f"missing {', '.join(lacking[:3])}")
+    if surplus:
+        wrong.append(f"unknown {', '.join(surplus[:3])}")
+    if other:
+        wrong.append(f"{other[0]} is {tuple(state[other[0]].shape)}, needed {tuple(own[other[0]].shape)}")
+    if wrong:
+        raise EvoViTError(f"{what} does not fit the network: {'; '.join(wrong)}.")
+    module.load_state_dict(state)
+
+
+def open_images_of(recipe: Recipe) -> Images:
+    """Check a recipe to the end without taking memory, then open its data."""
+    images = open_images(recipe, *check_recipe(recipe))
+    if recipe.model.num_classes not in (0, images.num_classes):
+        raise EvoViTError(
+            f"model.num_classes is {recipe.model.num_classes}, but {recipe.data.source} has "
+            f"{images.num_classes} classes; set it to that, or to 0."
+        )
+    return images
+
+
+def open_run(recipe: Recipe) -> tuple[Images, nn.Module]:
+    """Check a recipe, open its data and build its model."""
+    images = open_images_of(recipe)
+    return images, build_model(recipe, images.num_classes)

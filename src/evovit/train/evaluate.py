@@ -1,0 +1,45 @@
+"""Accuracy of a model on test images, shared out over processes, each image counted once; `evovit eval`."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from evovit.data.images import Images
+from evovit.recipe.tables import Recipe
+from evovit.runtime.world import World
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Accuracy(NamedTuple):
+    """Shares of the test images in percent."""
+
+    top1: float
+    top5: float  # top-n where there are n < 5 classes
+    images: int
+
+
+def autocast(recipe: Recipe, device: torch.device) -> Any:
+    """Return the context in which forwards of a recipe run."""
+    kind = PRECISIONS.get(recipe.run.precision)
+    return nullcontext() if kind is None else torch.autocast(device.type, kind)
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, images: Images, recipe: Recipe, world: World) -> Accuracy:
+    """Return the accuracy of a model in evaluation mode; leaves it in training mode if it was."""
+    training = model.training
+    model.eval()
+    first = best = seen = 0
+    for batch, labels in images.test(world):
+        with autocast(recipe, world.device):
+            logits = model(batch.to(world.device))
+        top = logits.float().topk(min(5, logits.shape[1]), dim=1).indices.cpu() == labels[:, None]
+        first, best, seen = first + int(top[:, 0].sum()), best + int(top.sum()), seen + labels.shape[0]
+    model.train(training)
+    total = world.sum([first, best, seen])
+    return Accuracy(100 * total[0] / total[2], 100 * total[1] / total[2], int(total[2]))

@@ -1,0 +1,110 @@
+"""A recipe to a run folder. Called again with both, it goes on where the run stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import nn
+
+from evovit.checkpoints.reduced import save_reduced
+from evovit.data.images import Images
+from evovit.errors import EvoViTError
+from evovit.macs import gmacs
+from evovit.model import ReducedViT, backbone_of
+from evovit.recipe.reading import differences, read_recipe
+from evovit.recipe.tables import Recipe
+from evovit.runtime.environment import environment, source
+from evovit.runtime.files import write_atomically, write_text
+from evovit.runtime.world import World, join_world
+from evovit.train import state
+from evovit.train.build import open_run
+from evovit.train.trainer import Trainer, accumulation
+
+
+def train_recipe(
+    recipe: Recipe | str | Path, folder: str | Path, console: Console | None = None
+) -> nn.Module:
+    """Train a recipe in a folder, or go on there; return the model as it is then.
+
+    Under torchrun all processes train one model.
+
+    Args:
+        recipe: a recipe, or the path of a TOML file.
+        folder: of the run; gets checkpoints, records and the final weights.
+    """
+    read = recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
+    with join_world(read.run.device) as world:
+        accumulation(read, world)
+        images, model = open_run(read)
+        train_model(read, Path(folder), world, console or Console(), images, model)
+        return model  # its trainer goes before the world does
+
+
+def train_model(
+    recipe: Recipe, folder: Path, world: World, console: Console, images: Images, model: nn.Module
+) -> None:
+    """Train a model that was built from a recipe, or go on with it, and write its final weights."""
+    if world.is_main:
+        prepare_folder(recipe, folder, world, images, model)
+    world.wait()
+    trainer = Trainer(recipe, images, model, folder, world, console)
+    try:
+        finished = trainer.fit()
+    finally:
+        if trainer.records:
+            trainer.records.close()
+    if finished:
+        settle(model)
+    if world.is_main:
+        if finished:
+            save_weights(model, folder / "model")
+            console.print(f"{folder}: finished; weights in {folder / 'model'}", soft_wrap=True)
+        else:
+            console.print(f"{folder}: stopped and saved after update {trainer.update}", soft_wrap=True)
+
+
+def settle(model: nn.Module) -> None:
+    """Let a method reduce as it does at the end of a training, ramps and switches done."""
+    if isinstance(model, ReducedViT):
+        model.method.set_progress(1.0)
+        if model.method.full_schedule is not None:
+            model.method.set_reduction(1.0)
+
+
+def prepare_folder(recipe: Recipe, folder: Path, world: World, images: Images, model: nn.Module) -> None:
+    """Make the folder of a run, or check that this recipe may go on in it."""
+    path = folder / "recipe.toml"
+    if path.is_file():
+        changed = differences(read_recipe(path), recipe)
+        if changed:
+            raise EvoViTError(
+                f"{str(folder)!r} holds a run of another recipe ({'; '.join(changed[:5])}); give another "
+                "--out, or move it away."
+            )
+        state.remove_leftovers(folder)
+    around = environment(world.device.type) | source() | {"processes": world.size}
+    around |= {"num_classes": images.num_classes, "class_names": images.class_names}
+    around["gmacs"] = gmacs(model, backbone_of(model).image_shape)
+    try:
+        (folder / state.FOLDER).mkdir(parents=True, exist_ok=True)
+        write_text(folder / "environment.json", json.dumps(around, indent=2))
+        write_text(path, recipe.to_toml())
+    except OSError as error:
+        raise EvoViTError(f"The folder {str(folder)!r} cannot be written: {error.strerror}.") from error
+
+
+def save_weights(model: nn.Module, folder: Path) -> None:
+    """Write the final weights: for `load_reduced` if the model is reduced, else model.safetensors alone."""
+    try:
+        if isinstance(model, ReducedViT):
+            save_reduced(model, folder)
+        else:
+            tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+            write_atomically(folder / "model.safetensors", lambda path: save_file(tensors, path))
+    except OSError as error:
+        raise EvoViTError(
+            f"{str(folder)!r} cannot be written: {error.strerror}; the checkpoints are whole."
+        ) from error

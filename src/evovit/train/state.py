@@ -1,0 +1,166 @@
+"""Checkpoints of a training: `<update>.safetensors` for tensors, then `<update>.json`, which vouches for it.
+
+A checkpoint exists once its JSON does: that holds the plain state and the SHA-256 of the tensors' file and of
+itself. A cut or changed file is seen on reading, and the checkpoint before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from evovit.errors import EvoViTError
+from evovit.runtime.files import write_atomically, write_text
+
+FOLDER = "checkpoints"
+BEST = "best-"
+KEPT = 2  # checkpoints of the course of a training; the older is for the case that the newer is damaged
+
+
+class Checkpoint(NamedTuple):
+    """All that a training needs to go on."""
+
+    tensors: dict[str, Tensor]
+    plain: dict[str, Any]
+
+
+def write_checkpoint(folder: Path, name: str, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint, whole or not at all; raises `EvoViTError` where the disk refuses."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in checkpoint.tensors.items()}
+    try:
+        write_atomically(folder / f"{name}.safetensors", partial(save_file, tensors))
+        content = {"plain": checkpoint.plain, "tensors": _hash_file(folder / f"{name}.safetensors")}
+        text = json.dumps({**content, "self": _hash(content)}, indent=1)
+        write_text(folder / f"{name}.json", text)
+    except (OSError, SafetensorError) as error:
+        raise EvoViTError(
+            f"The checkpoint {name} cannot be written into {str(folder)!r} ({_reason(error)}); what was "
+            "written before is whole: make room and give the same command again."
+        ) from error
+
+
+def write_numbered(folder: Path, update: int, checkpoint: Checkpoint, prefix: str = "") -> None:
+    """Write the checkpoint after `update` updates, then drop those no longer needed."""
+    write_checkpoint(folder, f"{prefix}{update:09d}", checkpoint)
+    for stale in numbered(folder, prefix)[1 if prefix else KEPT :]:
+        (folder / f"{stale}.json").unlink()  # first: without it the tensors are no checkpoint
+        (folder / f"{stale}.safetensors").unlink(missing_ok=True)
+
+
+def numbered(folder: Path, prefix: str = "") -> list[str]:
+    """Return the names of the checkpoints of a training, or of its best ones, newest first."""
+    names = (path.stem for path in folder.glob(f"{prefix}*.json"))
+    return sorted((name for name in names if name.removeprefix(prefix).isdigit()), reverse=True)
+
+
+def read_checkpoint(folder: Path, name: str) -> Checkpoint:
+    """Read a checkpoint and verify it; raises `EvoViTError` where it is damaged."""
+    path = folder / f"{name}.safetensors"
+    try:
+        content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        if content.pop("self") != _hash(content) or content["tensors"] != _hash_file(path):
+            raise ValueError("its checksum is wrong")
+        return Checkpoint(load_file(path), content["plain"])
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        reason = (
+            "its checksum is wrong"
+            if isinstance(error, ValueError | KeyError | AttributeError)
+            else str(error)
+        )
+        raise EvoViTError(f"The checkpoint {str(folder / name)!r} is damaged ({reason}).") from error
+
+
+def read_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Return the newest whole checkpoint, if there is any, and a sentence for each damaged one."""
+    complaints: list[str] = []
+    for name in numbered(folder):
+        try:
+            return read_checkpoint(folder, name), complaints
+        except EvoViTError as error:
+            complaints.append(f"{error} The one before it is used.")
+    if complaints:
+        raise EvoViTError(
+            f"All checkpoints in {str(folder)!r} are damaged; restore one, or move the run away."
+        )
+    return None, complaints
+
+
+def read_weights(run: Path, which: str) -> dict[str, Tensor]:
+    """Return the weights of a run: last, best, or ema (of the last checkpoint)."""
+    folder = run / FOLDER
+    if which == "best" and (best := numbered(folder, BEST)):
+        tensors = read_checkpoint(folder, best[0]).tensors
+    else:
+        newest, _ = read_newest(folder)
+        if newest is None:
+            raise EvoViTError(f"{str(run)!r} has no checkpoint; give the folder of a run of `evovit train`.")
+        tensors = newest.tensors
+    prefix = "ema." if which == "ema" else "model."
+    found = part(tensors, prefix)
+    if not found:
+        raise EvoViTError(f"{str(run)!r} has no {which} weights; train with run.ema_decay above 0.")
+    return found
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with `prefix`, without it."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left half written in the folder of a run."""
+    for path in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
+        path.unlink(missing_ok=True)
+    checkpoints = folder / FOLDER
+    whole = {path.stem for path in checkpoints.glob("*.json")}
+    for path in checkpoints.glob("*.safetensors"):
+        if path.stem not in whole:
+            path.unlink()
+
+
+def optimizer_tensors(optimizers: list[torch.optim.Optimizer], names: dict[int, str]) -> dict[str, Tensor]:
+    """Return the state of optimisers as `optimizer.<parameter>|<slot>`; `names` by id of parameter."""
+    return {
+        f"optimizer.{names[id(parameter)]}|{slot}": value
+        for optimizer in optimizers
+        for parameter, slots in optimizer.state.items()
+        for slot, value in slots.items()
+    }
+
+
+def restore_optimizers(
+    optimizers: list[torch.optim.Optimizer], names: dict[int, str], tensors: dict[str, Tensor]
+) -> None:
+    """Undo `optimizer_tensors`."""
+    slots: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            name, slot = key.removeprefix("optimizer.").rsplit("|", 1)
+            slots.setdefault(name, {})[slot] = value
+    for optimizer in optimizers:
+        content = optimizer.state_dict()
+        flat = [p for group in optimizer.param_groups for p in group["params"]]
+        found = ((i, slots.get(names[id(p)])) for i, p in enumerate(flat))
+        content["state"] = {i: state for i, state in found if state is not None}
+        optimizer.load_state_dict(content)
+
+
+def _hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
