@@ -7,6 +7,7 @@ import math
 import pytest
 
 from evovit.errors import EvoViTError
+from evovit.methods.evo_vit import EvoViT
 from evovit.schedule import KeepSchedule
 
 
@@ -44,5 +45,5 @@ def test_stages_are_counted_from_the_first_reducing_block() -> None:
 
 
 def test_a_multiple_out_of_range_is_refused() -> None:
-    with pytest.raises(EvoViTError, match="multiple_of is 0; allowed is 1 to 256"):
-        KeepSchedule.from_block(12, 0.5, 4, 0)
+    with pytest.raises(EvoViTError, match="multiple_of is 0; allowed is a whole number from 1 to 256"):
+        EvoViT.Config(multiple_of=0)

@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         import tyro
 
-        tyro.cli(getattr(import_module(f"evovit.commands.{name}"), name), prog=f"evovit {name}", args=rest)
+        command = getattr(import_module(f"evovit.commands.{name}"), name)
+        tyro.cli(command, prog=f"evovit {name}", args=rest, config=(tyro.conf.FlagCreatePairsOff,))
         sys.stdout.flush()
     except EvoViTError as error:
         sys.exit(_refuse(str(error)))

@@ -33,10 +33,11 @@ def gmacs(model: nn.Module, image_shape: Sequence[int]) -> float:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put every module into evaluation mode; each gets its own mode back."""
-    training = [module for module in model.modules() if module.training]
+    own = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        model.train()  # a host that caches weights for evaluation, as LeViT does, lets go of them
+        for module, training in own:
+            module.training = training

@@ -74,7 +74,7 @@ def test_a_foreign_part_or_image_size_is_refused_in_a_sentence() -> None:
         reduced(host)
     with pytest.raises(evovit.EvoViTError, match="a 6 x 6 grid, but the positions are for 4 x 4"):
         small()(pictures(size=96))
-    with pytest.raises(evovit.EvoViTError, match="stem_type is 's4'; allowed is 's16' or 's8'"):
+    with pytest.raises(evovit.EvoViTError, match="stem_type is 's4'; allowed is s16 or s8"):
         small(stem_type="s4")
     with pytest.raises(evovit.EvoViTError, match="No weights of LeViT with a class token"):
         timm.create_model("evo_levit_128s", pretrained=True)
@@ -200,13 +200,13 @@ def test_a_late_start_keeps_everything_until_then() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"mode": "block"}, "mode is 'block'; allowed is 'stage' or 'layer'"),
-        ({"trade_off": [0.5, 0.5]}, "trade_off has 2 values"),
-        ({"selection": "best"}, "selection is 'best'; allowed is 'global'"),
+        ({"mode": "block"}, "mode is 'block'; allowed is stage or layer"),
+        ({"trade_off": [0.5, 0.5]}, "allowed is a number from 0 to 1"),
+        ({"selection": "best"}, "selection is 'best'; allowed is global"),
         ({"trade_off": 1.5}, "trade_off is 1.5; allowed is a number from 0 to 1"),
         ({"start_block": 0}, "start_block is 0; allowed is 1 to 3"),
         ({"keep_ratio": 0}, "keep_ratio is 0"),
-        ({"keep_ratio": [0.5, 0.5]}, "keep_ratio has 2 values, but the model has 4 blocks"),
+        ({"keep_ratio": [0.5, 0.5]}, "keep_ratio has 2 values for 4 blocks"),
     ],
 )
 def test_wrong_options_are_refused_in_one_sentence(options: dict[str, Any], sentence: str) -> None:

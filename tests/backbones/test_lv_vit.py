@@ -199,7 +199,7 @@ def test_initial_values_are_deits() -> None:
         ({"img_size": 30}, "img_size is 30 x 30; allowed are multiples of the patch's 8 pixels"),
         ({"stem": "4c"}, "patch_size is 8; the stem '4c' makes patches of 16 pixels"),
         ({"dynamic_img_pad": True}, "dynamic_img_pad is for timm's own patch embedding"),
-        ({"stem": "2c"}, "stem is '2c'; allowed is '4_2' or '4c' or '6c'"),
+        ({"stem": "2c"}, "stem is '2c'; allowed is 4_2, 4c or 6c"),
     ],
 )
 def test_wrong_options_are_refused_in_one_sentence(options: dict[str, Any], sentence: str) -> None:

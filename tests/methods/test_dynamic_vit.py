@@ -380,12 +380,12 @@ def test_the_predictor_normalises_as_released() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"keep_ratio": 0}, "keep_ratio is 0; it is the share of tokens kept"),
-        ({"keep_ratio": [0.5, 0.4]}, "keep_ratio has 2 values for 1 blocks"),
+        ({"keep_ratio": 0}, "keep_ratio is 0; allowed is a number above 0, at most 1"),
+        ({"keep_ratio": [0.5, 0.4]}, "keep_ratio has 2 values for 1 reducing blocks"),
         ({"blocks": (4,)}, "blocks is 4; allowed is 0 to 3"),
-        ({"ratio_weight": -1.0}, "ratio_weight is -1.0; allowed is 0 or more"),
-        ({"ratio_of": "token"}, "ratio_of is 'token'; allowed is 'image' or 'batch'"),
-        ({"token_loss": "l1"}, "token_loss is 'l1'; allowed is 'squared' or 'divergence'"),
+        ({"ratio_weight": -1.0}, "ratio_weight is -1.0; allowed is a number, 0 or more"),
+        ({"ratio_of": "token"}, "ratio_of is 'token'; allowed is image or batch"),
+        ({"token_loss": "l1"}, "token_loss is 'l1'; allowed is squared or divergence"),
     ],
 )
 def test_wrong_options_are_refused_in_one_sentence(options: dict[str, Any], sentence: str) -> None:

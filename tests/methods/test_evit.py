@@ -243,16 +243,16 @@ def test_the_fused_token_is_the_weighted_sum_after_attention() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"keep_ratio": 0}, "keep_ratio is 0; it is the share of tokens kept"),
-        ({"keep_ratio": 1.5}, "keep_ratio is 1.5; allowed is a number from 0 to 1"),
-        ({"keep_ratio": [0.5, 0.5]}, "keep_ratio has 2 values for 1 blocks"),
+        ({"keep_ratio": 0}, "keep_ratio is 0; allowed is a number above 0, at most 1"),
+        ({"keep_ratio": 1.5}, "keep_ratio is 1.5; allowed is a number above 0, at most 1"),
+        ({"keep_ratio": [0.5, 0.5]}, "keep_ratio has 2 values for 1 reducing blocks"),
         ({"blocks": (4,)}, "blocks is 4; allowed is 0 to 3"),
         ({"blocks": (2, 1)}, r"blocks is \(2, 1\); list each reducing block once"),
         ({"keep": (17,)}, "keep is 17; allowed is 1 to 16"),
         ({"keep": (8, 8)}, "give one count per block"),
         ({"shrink": (0.5, 0.2)}, "shrink is .* give two rising shares"),
-        ({"counts": "all"}, "counts is 'all'; allowed is 'current' or 'initial'"),
-        ({"selection": "best"}, "selection is 'best'; allowed is 'class' or 'column_mean'"),
+        ({"counts": "all"}, "counts is 'all'; allowed is current or initial"),
+        ({"selection": "best"}, "selection is 'best'; allowed is class or column_mean"),
     ],
 )
 def test_wrong_options_are_refused_in_one_sentence(options: dict[str, Any], sentence: str) -> None:

@@ -331,16 +331,16 @@ def test_cut_loss_is_computed_in_training_alone_and_released_takes_every_second(
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"keep_ratio": 0}, "keep_ratio is 0; it is the share of tokens kept"),
-        ({"keep_ratio": [0.5, 0.5]}, "keep_ratio has 2 values, but the model has 4 blocks"),
+        ({"keep_ratio": 0}, "keep_ratio is 0; allowed is a number above 0, at most 1"),
+        ({"keep_ratio": [0.5, 0.5]}, "keep_ratio has 2 values for 4 blocks"),
         ({"start_block": 4}, "start_block is 4; allowed is 0 to 3"),
-        ({"group_length": 0}, "group_length is 0; allowed is 1 to 4"),
-        ({"cut": "none"}, "cut is 'none'; allowed is 'both' or 'inter' or 'intra'"),
-        ({"cut_weight": -1.0}, "cut_weight is -1.0; allowed is 0 or more"),
-        ({"distill_weight": -1.0}, "distill_weight is -1.0; allowed is 0 or more"),
-        ({"compared": "all"}, "compared is 'all'; allowed is 'class' or 'active'"),
-        ({"cut_blocks": "half"}, "cut_blocks is 'half'; allowed is 'all' or 'released'"),
-        ({"selection": "best"}, "selection is 'best'; allowed is 'class' or 'column_mean'"),
+        ({"group_length": 0}, "group_length is 0; allowed is a whole number, 1 or more"),
+        ({"cut": "none"}, "cut is 'none'; allowed is both, inter or intra"),
+        ({"cut_weight": -1.0}, "cut_weight is -1.0; allowed is a number, 0 or more"),
+        ({"distill_weight": -1.0}, "distill_weight is -1.0; allowed is a number, 0 or more"),
+        ({"compared": "all"}, "compared is 'all'; allowed is class or active"),
+        ({"cut_blocks": "half"}, "cut_blocks is 'half'; allowed is all or released"),
+        ({"selection": "best"}, "selection is 'best'; allowed is class or column_mean"),
     ],
 )
 def test_wrong_options_are_refused_in_one_sentence(options: dict[str, Any], sentence: str) -> None:

@@ -23,7 +23,9 @@ def test_counts_and_macs_are_equal_for_every_selection(selection: str) -> None:
     trace = model.run(torch.empty(1, 3, 224, 224, device="meta"), record=True).trace
     assert [trace[b].num_patches for b in (3, 6, 9)] == [137, 96, 67]
     plain = evovit.reduce_tokens(host, "evit", fuse=False, keep=(137, 96, 67))
-    assert gmacs(model, (3, 224, 224)) == gmacs(plain, (3, 224, 224))
+    scored = (197, 138, 97) if selection == "column_mean" else ()  # every query asks every key once more
+    extra = sum(rows**2 * 384 for rows in scored) / 1e9
+    assert gmacs(model, (3, 224, 224)) == pytest.approx(gmacs(plain, (3, 224, 224)) + extra, rel=1e-9)
 
 
 def test_top_class_attention_is_evit_without_fusion() -> None:
@@ -67,10 +69,10 @@ def test_kept_tokens_are_what_the_host_makes_of_them_and_prefixes_stay(host: str
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"keep_ratio": 0}, "keep_ratio is 0; it is the share of tokens kept"),
-        ({"keep_ratio": 1.5}, "keep_ratio is 1.5; allowed is a number from 0 to 1"),
+        ({"keep_ratio": 0}, "keep_ratio is 0; allowed is a number above 0, at most 1"),
+        ({"keep_ratio": 1.5}, "keep_ratio is 1.5; allowed is a number above 0, at most 1"),
         ({"blocks": (4,)}, "blocks is 4; allowed is 0 to 3"),
-        ({"selection": "best"}, "selection is 'best'; allowed is 'class' or"),
+        ({"selection": "best"}, "selection is 'best'; allowed is class"),
     ],
 )
 def test_wrong_options_are_refused_in_one_sentence(options: dict[str, Any], sentence: str) -> None:

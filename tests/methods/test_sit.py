@@ -288,12 +288,12 @@ def test_named_models_come_from_both_doors() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"keep_ratio": 0}, "keep_ratio is 0; it is the share of tokens kept"),
-        ({"keep_ratio": 1.5}, "keep_ratio is 1.5; allowed is a number from 0 to 1"),
+        ({"keep_ratio": 0}, "keep_ratio is 0; allowed is a number above 0, at most 1"),
+        ({"keep_ratio": 1.5}, "keep_ratio is 1.5; allowed is a number above 0, at most 1"),
         ({"blocks": (3,)}, "blocks is 3; allowed is 0 to 2 .nothing reads what the last block would slim"),
         ({"blocks": (2, 1)}, r"blocks is \(2, 1\); list each reducing block once"),
-        ({"token_weight": -1}, "allowed are weights of 0 or more"),
-        ({"temperature": 0}, "a temperature above 0"),
+        ({"token_weight": -1}, "token_weight is -1; allowed is a number, 0 or more"),
+        ({"temperature": 0}, "temperature is 0; allowed is a number above 0"),
     ],
 )
 def test_wrong_options_are_refused_in_one_sentence(options: dict[str, Any], sentence: str) -> None:

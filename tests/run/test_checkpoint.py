@@ -35,6 +35,15 @@ def test_reads_the_authors_file_layout(official: dict[str, Any], tmp_path: Path)
     assert model.num_classes == 10 and not model.training
 
 
+def test_a_mapping_is_unwrapped_as_a_file_is(official: dict[str, Any]) -> None:
+    plain = evovit.load_official("evo_vit", official, num_heads=3).state_dict()
+    wrapped = {"model": {f"module.{k}": v for k, v in official.items()}, "epoch": 299}
+    found = evovit.load_official("evo_vit", wrapped, num_heads=3).state_dict()
+    assert all(torch.equal(value, plain[key]) for key, value in found.items())
+    with pytest.raises(evovit.EvoViTError, match="holds no state dict"):
+        evovit.load_official("evo_vit", {"epoch": 299}, num_heads=3)
+
+
 def test_official_weights_go_without_the_training_head(official: dict[str, Any]) -> None:
     state = {k: v for k, v in official.items() if not k.startswith(("norm_cls", "head_cls"))}
     assert evovit.load_official("evo_vit", state, num_heads=3).method.class_head is None

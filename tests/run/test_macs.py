@@ -1,4 +1,4 @@
-"""Counted work equals the published table, by formula and by PyTorch's counter."""
+"""Counted work equals the published table, and what each method adds or saves equals its formula."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 
 import evovit
 from evovit.macs import gmacs
-from evovit.methods import find_method
 
 TABLE = [  # dense and Evo-ViT at keep 0.5 from block 4, GMACs
     ("deit_tiny_patch16_224", 224, 1.254, 0.818),
@@ -28,18 +27,16 @@ def test_macs_equal_the_published_table(
         host = timm.create_model(name, img_size=size, global_pool="avg")
     evo = evovit.reduce_tokens(host, "evo_vit", mode=mode, fast_update=False)
     for model, expected in ((host, dense), (evo, reduced)):
-        formula, counted = gmacs(model, (3, size, size)), gmacs(model, (3, size, size))
-        assert formula == pytest.approx(expected, rel=5e-3)
-        assert counted == pytest.approx(formula, rel=2e-3)
+        assert gmacs(model, (3, size, size)) == pytest.approx(expected, rel=5e-3)
 
 
-def test_the_representative_token_costs_one_row() -> None:
+def test_the_representative_token_costs_one_row_and_its_weighted_sum() -> None:
     with torch.device("meta"):
         host = timm.create_model("deit_small_patch16_224")
     paper, released = (evovit.reduce_tokens(host, "evo_vit", fast_update=fast) for fast in (True, False))
     per_row = 12 * 384**2 + 2 * 384 * (100 + 99)
     extra = (gmacs(paper, (3, 224, 224)) - gmacs(released, (3, 224, 224))) * 1e9
-    assert extra == pytest.approx(8 * per_row, rel=1e-6)
+    assert extra == pytest.approx(8 * per_row + 2 * 196 * 384, rel=1e-6)  # once a stage: eq. 5
 
 
 def test_named_models_carry_the_published_work_and_size() -> None:
@@ -55,14 +52,6 @@ def test_named_models_carry_the_published_work_and_size() -> None:
         size = int(name[-3:])
         assert gmacs(model, (3, size, size)) == pytest.approx(work, rel=5e-3)
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(parameters, abs=0.006)
-
-
-@pytest.mark.parametrize("method", evovit.list_methods())
-def test_formula_and_counter_agree_for_every_method(method: str) -> None:
-    with torch.device("meta"):
-        host = timm.create_model("deit_tiny_patch16_224", depth=4)
-    reduced = evovit.reduce_tokens(host.eval(), method, **find_method(method).example)
-    assert gmacs(reduced, (3, 224, 224)) == pytest.approx(gmacs(reduced, (3, 224, 224)), rel=0.01)
 
 
 def test_a_methods_own_layers_count_where_they_run() -> None:
@@ -86,7 +75,6 @@ def test_queries_and_values_of_idle_rows_are_not_projected() -> None:
     idle = (1 + 197) * width**2 + 11 * rows * width**2 + 2 * rows**2 * width  # class query and all keys first
     whole = 12 * 197 * width**2 + 2 * 197**2 * width
     assert gmacs(model, (3, 224, 224)) - dense == pytest.approx((idle - whole) / 1e9, rel=1e-6)
-    assert gmacs(model, (3, 224, 224)) == pytest.approx(gmacs(model, (3, 224, 224)), rel=1e-6)
 
 
 @pytest.mark.parametrize("reduced", [False, True])

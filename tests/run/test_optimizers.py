@@ -91,12 +91,15 @@ def test_an_update_moves_what_is_trained_and_nothing_else(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (("optimizer.frozen=pos_emb",), "which the network does not have; did you mean 'pos_embed'"),
+        (("optimizer.frozen=pos_emb",), "which the network does not have. Did you mean 'pos_embed'"),
         (("optimizer.rate_factors=modell.=0.1",), "no trained parameter's name starts with 'modell.'"),
         (("optimizer.rate_factors=model.",), "rate_factors is 'model.'; give words such as model.=0.01"),
         (("optimizer.rate_factors=model.=x",), "give words such as model.=0.01"),
         (("optimizer.rate_factors=model.=-1",), "give words such as model.=0.01"),
-        (("optimizer.freeze_host_epochs=-1",), "freeze_host_epochs is -1; allowed is 0 or more"),
+        (
+            ("optimizer.freeze_host_epochs=-1",),
+            "freeze_host_epochs is -1; allowed is a whole number, 0 or more",
+        ),
     ],
 )
 def test_wrong_words_are_refused_before_the_run(

@@ -12,9 +12,12 @@ import torch
 from rich.console import Console
 
 from evovit import cli
+from evovit.commands.eval import eval as eval_command
 from evovit.commands.report import report
 from evovit.errors import EvoViTError
-from evovit.recipe.tables import Recipe
+from evovit.methods import find_method, list_methods
+from evovit.options import describe
+from evovit.recipe.tables import TABLES, Recipe
 from evovit.runtime.world import World
 from evovit.train import trainer as trainer_module
 from evovit.train.build import build_model, open_run
@@ -280,7 +283,7 @@ def test_eval_and_report_read_what_train_wrote(
     report((tmp_path / "runs",), out=tmp_path / "report")
     rows = (tmp_path / "report" / "report.csv").read_text().splitlines()
     assert [row.split(",")[:4] for row in rows[1:]] == [
-        ["dense", "none", "1", "2 of 2"],
+        ["dense", "dense", "1", "2 of 2"],
         ["evo", "evo_vit", "2", "2 of 2"],
     ]
     assert "±" in rows[2] and "±" not in rows[1] and rows[1].endswith("1.00")
@@ -295,24 +298,18 @@ def test_eval_and_report_read_what_train_wrote(
         cli.main()
         assert f"top-1 {expected:.2f} %" in capsys.readouterr().out
     with pytest.raises(EvoViTError, match="give the folder of a run"):
-        cli.eval_command(tmp_path / "report")
+        eval_command(str(tmp_path / "report"))
     with pytest.raises(EvoViTError, match="No finished epoch"):
         report((tmp_path / "report",), out=tmp_path / "nothing")
 
 
-def test_the_help_shows_every_knob(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.argv", ["evovit", "train", "recipes/any.toml", "--help"])
-    with pytest.raises(SystemExit):
-        cli.main()
+def test_every_option_is_listed_by_command(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["options"])
     shown = capsys.readouterr().out
-    for name in (
-        "keep_ratio",
-        "reduce_ramp_epochs",
-        "max_corrupt",
-        "adaptive_clip",
-        "token_distillation",
-        "--set",
-    ):
-        assert name in shown
+    for kind in (*TABLES.values(), *(find_method(name).Config for name in list_methods())):
+        assert all(f"  {each.name}" in shown and each.meaning in shown for each in describe(kind))
+    cli.main(["options", "tome"])
+    assert "reduce_ramp_epochs" not in (own := capsys.readouterr().out) and "inflection" in own
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["options", "tom"])
+    assert exit_.value.code == 2 and "Did you mean 'tome'?" in capsys.readouterr().err

@@ -1,7 +1,12 @@
-"""Hosts: image -> tokens, block views, tokens -> logits. `adapt` finds an adapter by the host's class."""
+"""Hosts: image -> tokens, block views, tokens -> logits. `adapt` finds an adapter by the host's class.
+
+A package of another author offers adapters by an entry point of the group `evovit.backbones` that names a
+module whose import registers them.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -102,5 +107,8 @@ def _relative_error(ours: torch.Tensor, host: torch.Tensor) -> float:
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
-for _point in entry_points(group="evovit.backbones"):  # modules of other packages that register adapters
-    _point.load()
+for _point in entry_points(group="evovit.backbones"):
+    try:
+        _point.load()
+    except Exception as error:
+        warnings.warn(f"{_point.value} of another package, in evovit.backbones, fails: {error}", stacklevel=2)

@@ -21,10 +21,10 @@ from evovit.checkpoints.official_lv_vit import (
     load_lv_vit_host,
     load_sit,
 )
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, nearest
 from evovit.model import ReducedViT, reduce_tokens
 from evovit.models.evo_deit import build_evo_deit
-from evovit.runtime.files import read_state_dict
+from evovit.runtime.files import plain_state_dict, read_state_dict
 
 
 def load_official(name: str, source: str | Path | Mapping[str, Tensor], **options: Any) -> Any:
@@ -32,7 +32,7 @@ def load_official(name: str, source: str | Path | Mapping[str, Tensor], **option
 
     Args:
         name: a method, as in `list_methods`, for a `ReducedViT`; "lv_vit" or "levit" for that dense host.
-        source: path of the file, or its state dict. What the tensors tell is not asked for.
+        source: path of the file, or what it holds: a state dict, also wrapped under "model".
         options: `num_heads` (no tensor tells it); `img_size` if the images are not square; the method's own
             options, whose defaults here are the released code's.
 
@@ -41,8 +41,9 @@ def load_official(name: str, source: str | Path | Mapping[str, Tensor], **option
         options.
     """
     if name not in LOADERS:
-        raise EvoViTError(f"There is no official loader {name!r}; there are {', '.join(sorted(LOADERS))}.")
-    state = dict(source) if isinstance(source, Mapping) else read_state_dict(source)
+        there = f"there are {', '.join(sorted(LOADERS))}"
+        raise EvoViTError(f"There is no official loader {name!r}; {there}.{nearest(name, LOADERS)}")
+    state = plain_state_dict(source, "source") if isinstance(source, Mapping) else read_state_dict(source)
     return LOADERS[name](state, **options).eval()
 
 

@@ -11,7 +11,7 @@ PICTURES = 6  # test images shown
 
 
 def compare(
-    recipes: Annotated[tuple[str, ...], tyro.conf.Positional],
+    recipes: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE ...")],
     /,
     dense: str = "",
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
@@ -25,10 +25,11 @@ def compare(
 
     Given again, it goes on where it stopped. One of the recipes is the dense model's.
 
-    evovit compare digits/compare/dense digits/compare/evo_vit --dense "runs/dense/seed{seed}"
+    $ evovit compare digits/compare --dense "runs/dense/seed{seed}" --seeds 0 1 2
 
     Args:
-        recipes: TOML files, or names of recipes that come with evovit; their [data] and [run] are equal.
+        recipes: TOML files or folders of them, also of those that come with evovit; their [data] and [run]
+            are equal.
         dense: folder of a finished run of the dense model, where all start from and which teaches the
             methods that learn from a teacher; {seed} in it stands for the seed. Empty: as the recipes say.
         set: table.key=value, over what every recipe says.
@@ -42,7 +43,7 @@ def compare(
 
     from evovit.bench.step import MODES
     from evovit.errors import EvoViTError, check_choice, check_count
-    from evovit.recipe.reading import find_recipe
+    from evovit.recipe.reading import find_recipes
     from evovit.report.compare import write_report
     from evovit.runtime.world import is_alone, join_world
     from evovit.study import hold, measure, plan, shown_images
@@ -53,7 +54,7 @@ def compare(
     check_count("rounds", rounds, 1, 100_000)
     if not is_alone():
         raise EvoViTError("evovit compare runs in one process; train the recipes under torchrun instead.")
-    contestants = plan([find_recipe(recipe) for recipe in recipes], set, dense, seeds, out)
+    contestants = plan(find_recipes(recipes), set, dense, seeds, out)
     for contestant in contestants:
         images = open_images_of(
             contestant.recipe

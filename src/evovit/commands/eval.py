@@ -1,47 +1,56 @@
-"""`evovit eval`."""
+"""`evovit eval`: the accuracy of a model or a run, dense and reduced."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import tyro
 
-from evovit.errors import EvoViTError
-from evovit.model import ReducedViT
-from evovit.recipe.reading import read_recipe
-from evovit.runtime.world import join_world
-from evovit.train.build import fit, open_run
-from evovit.train.evaluate import evaluate
-from evovit.train.state import read_weights
-
 
 def eval(
-    run: Path,
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
     /,
-    weights: Literal["last", "best", "ema"] = "last",
+    weights: str = "",
+    pretrained: bool = False,
+    images: Path | None = None,
+    method: tuple[str, ...] = (),
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    device: str = "auto",
+    workers: int = 4,
 ) -> None:
-    """Test the weights of a run; under torchrun the test images are shared out.
+    """Test a run, or a timm model, on images: as it is, and with methods that were not trained for it.
+
+    $ evovit eval runs/dense/seed0
+    $ evovit eval runs/dense/seed0 --method tome:r=4 evit:keep_ratio=0.7
+    $ evovit eval deit_small_patch16_224 --weights deit_small.pth --images imagenet/val --method tome:r=13
+
+    Under torchrun the test images are shared out.
 
     Args:
-        run: folder of a run of `evovit train`.
-        weights: of the last checkpoint, of the one with the best test so far, or their moving average.
-        set: table.key=value, as for train: other data, another keep ratio, another precision.
+        model: folder of a run of `evovit train`, or a timm name.
+        weights: of a run: last (default), best or ema, its moving average; of a timm model: a .pth or
+            .safetensors file.
+        pretrained: of a timm model: the published weights, which are downloaded.
+        images: folder with a sub-folder of images for each class; default: the test images of the run.
+        method: NAME or NAME:option=value,option=value; each is tested on the same weights, dense beside it.
+        set: table.key=value, over what the recipe of the run says: another keep ratio, another precision.
+        device: auto, cpu or cuda.
+        workers: processes that read images.
     """
-    if not (run / "recipe.toml").is_file():
-        raise EvoViTError(
-            f"There is no {str(run / 'recipe.toml')!r}; give the folder of a run of `evovit train`."
-        )
-    recipe = read_recipe(run / "recipe.toml", set)
-    with join_world(recipe.run.device) as world:
-        images, model = open_run(recipe)
-        fit(model, read_weights(run, weights), f"The checkpoint of {str(run)!r}")
-        if isinstance(model, ReducedViT):
-            model.method.set_progress(1.0)
-        accuracy = evaluate(model.to(world.device), images, recipe, world)
-        if world.is_main:
-            print(
-                f"{run}, {weights} weights: top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %, "
-                f"{accuracy.images} images, {len(images.unreadable)} unreadable"
-            )
+    from evovit.errors import EvoViTError
+    from evovit.runtime.world import join_world
+    from evovit.train.tested import named_model, run_model, test_lines
+
+    if (Path(model) / "recipe.toml").is_file():
+        if pretrained:
+            raise EvoViTError("--pretrained is for a timm name; a run has weights of its own.")
+        tested = run_model(Path(model), weights or "last", images, set)
+    elif Path(model).exists():
+        raise EvoViTError(f"There is no {str(Path(model) / 'recipe.toml')!r}; give the folder of a run.")
+    else:
+        tested = named_model(model, weights, pretrained, images, set, device, workers)
+    with join_world(tested.recipe.run.device) as world:
+        for line in test_lines(tested, method, world):
+            if world.is_main:
+                print(line, flush=True)

@@ -7,11 +7,11 @@ from typing import Annotated
 import tyro
 
 
-def methods(name: Annotated[str, tyro.conf.Positional] = "", /) -> None:
+def methods(name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]")] = "", /) -> None:
     """List the token-reduction methods, or describe one with its options.
 
-    evovit methods
-    evovit methods evo_vit
+    $ evovit methods
+    $ evovit methods evo_vit
 
     Args:
         name: of one method.

@@ -7,15 +7,15 @@ from typing import Annotated
 import tyro
 
 
-def options(name: Annotated[str, tyro.conf.Positional] = "", /) -> None:
+def options(name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]")] = "", /) -> None:
     """List every option: of all tables of a recipe, of one table, or of one method.
 
     A value is written as in TOML: evovit train RECIPE --set method.keep_ratio=0.7, and for a method
     --method evit:keep_ratio=0.5,blocks=[2,4].
 
-    evovit options
-    evovit options run
-    evovit options tome
+    $ evovit options
+    $ evovit options run
+    $ evovit options tome
 
     Args:
         name: of a table of the recipe, or of a method.

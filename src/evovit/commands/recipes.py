@@ -10,15 +10,15 @@ import tyro
 
 def recipes(
     action: Annotated[Literal["list", "show", "copy"], tyro.conf.Positional] = "list",
-    name: Annotated[str, tyro.conf.Positional] = "",
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]")] = "",
     /,
     to: Path = Path(),
 ) -> None:
     """List the recipes that come with evovit; show one, or copy it to change it.
 
-    evovit recipes
-    evovit recipes show digits/dense
-    evovit recipes copy evo_deit_small
+    $ evovit recipes
+    $ evovit recipes show digits/dense
+    $ evovit recipes copy evo_deit_small
 
     Args:
         action: list, show or copy.

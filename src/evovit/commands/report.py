@@ -9,11 +9,13 @@ import tyro
 
 
 def report(
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional], /, out: Path = Path("runs/report")
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")],
+    /,
+    out: Path = Path("runs/report"),
 ) -> None:
     """Lay runs of `evovit train` side by side: a row per recipe, mean and spread over its seeds.
 
-    evovit report runs/dense runs/table3_5_stage
+    $ evovit report runs/dense runs/table3_5_stage
 
     Args:
         runs: run folders, or folders of them.

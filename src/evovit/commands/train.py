@@ -9,7 +9,7 @@ import tyro
 
 
 def train(
-    recipe: Annotated[str, tyro.conf.Positional],
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")],
     /,
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     out: Path | None = None,
@@ -17,9 +17,9 @@ def train(
 ) -> None:
     """Train a recipe; given again, go on where it stopped. Under torchrun all processes train one model.
 
-    evovit train digits/dense
-    evovit train my.toml --set method.keep_ratio=0.7 --set run.epochs=30 --out runs/mine
-    torchrun --nproc_per_node 8 -m evovit train evo_deit_small
+    $ evovit train digits/dense
+    $ evovit train my.toml --set method.keep_ratio=0.7 --set run.epochs=30 --out runs/mine
+    $ torchrun --nproc_per_node 8 -m evovit train evo_deit_small
 
     evovit recipes lists the recipes that come with evovit; evovit options lists what --set can set.
 

@@ -6,6 +6,7 @@ whose import registers them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -69,4 +70,7 @@ def build_config(cls: type[Method], options: dict[str, Any]) -> Any:
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 for _point in entry_points(group="evovit.methods"):
-    _point.load()
+    try:
+        _point.load()
+    except Exception as error:
+        warnings.warn(f"{_point.value} of another package, in evovit.methods, fails: {error}", stacklevel=2)

@@ -21,7 +21,7 @@ from evovit.methods import register
 from evovit.methods.base import Method, require_class_token
 from evovit.ops.score import attention_column_mean, class_attention, evolve
 from evovit.ops.slow_fast import Waiting, part, rejoin, score_awake
-from evovit.options import Count, Ratio, Share, option
+from evovit.options import Number, Ratio, Share, option
 from evovit.schedule import KeepSchedule
 from evovit.tokens import QKV, Tokens
 
@@ -47,7 +47,7 @@ class EvoLeViT(Method):
         keep_ratio: Ratio | tuple[Ratio, ...] = option(
             0.5, "of a stage's patch tokens; a list has one per block"
         )
-        start_block: Count = option(2, "first reducing block, counted from 0 through all stages")
+        start_block: Number = option(2, "first reducing block, counted from 0 through all stages")
         mode: Mode = option("stage", "one selection per stage, by its first ratio; layer: before every block")
         learn_trade_off: bool = option(True, "alpha of eq. 4, one scalar per attention")
         trade_off: Share = option(0.5, "alpha, the weight of the OLD score, where it is not learnt")

@@ -18,7 +18,7 @@ from evovit.methods import register
 from evovit.methods.base import ClassTokenHead, Method, require_class_token
 from evovit.ops.score import attention_column_mean, class_attention, random_score
 from evovit.ops.slow_fast import Waiting, part, rejoin, score_awake
-from evovit.options import Count, Ratio, Share, option
+from evovit.options import Count, Number, Ratio, Share, option
 from evovit.schedule import KeepSchedule, per_block
 from evovit.tokens import QKV, Tokens
 
@@ -43,7 +43,7 @@ class EvoViT(Method):
         keep_ratio: Ratio | tuple[Ratio, ...] = option(
             0.5, "of the patch tokens; a number holds from start_block on, a list has one per block"
         )
-        start_block: Count = option(4, "first reducing block, counted from 0")
+        start_block: Number = option(4, "first reducing block, counted from 0")
         stage_length: Count = option(
             4, "blocks per selection in stage mode; the ratio of a stage's first block holds"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise EvoViTError(f"The recipe {str(path)!r} cannot be read: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise EvoViTError(f"The recipe {str(path)!r} is not valid TOML: {error}.") from error
-    for override in overrides:
-        _override(tables, override)
-    return parse_recipe(tables)
+    return parse_recipe(overridden(tables, overrides))
 
 
 def parse_recipe(tables: dict[str, Any]) -> Recipe:
@@ -124,16 +123,21 @@ def _table(name: str, content: Any) -> Any:
     return build(TABLES[name], content, f"[{name}]")
 
 
-def _override(tables: dict[str, Any], text: str) -> None:
-    path, value = read_assignment(text, "method.keep_ratio=0.5")
-    *place, key = [part.strip() for part in path.split(".")]
-    if not place:
-        raise EvoViTError(f"{shown(text)} names no table; give table.key=value, such as run.epochs=10.")
-    for part in place:
-        tables = tables.setdefault(part, {})
-        if not isinstance(tables, dict):
-            raise EvoViTError(f"{shown(text)}: {part} is not a table.")
-    tables[key] = _as_toml(value)
+def overridden(tables: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return plain tables with `table.key=value` texts laid over them."""
+    tables = deepcopy(tables)
+    for text in overrides:
+        path, value = read_assignment(text, "method.keep_ratio=0.5")
+        *place, key = [part.strip() for part in path.split(".")]
+        if not place:
+            raise EvoViTError(f"{shown(text)} names no table; give table.key=value, such as run.epochs=10.")
+        table = tables
+        for part in place:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise EvoViTError(f"{shown(text)}: {part} is not a table.")
+        table[key] = _as_toml(value)
+    return tables
 
 
 def _as_toml(value: Any) -> Any:
@@ -183,3 +187,12 @@ def find_recipe(name: str) -> Path:
         f"There is no recipe {name!r}: neither such a file nor one that comes with evovit (evovit recipes "
         f"lists them).{nearest(name, known)}"
     )
+
+
+def find_recipes(names: Sequence[str]) -> list[Path]:
+    """Return the files of recipes; a folder, also of those that come with evovit, stands for all in it."""
+    found: list[Path] = []
+    for name in names:
+        folder = next((path for path in (Path(name), LIBRARY / name) if path.is_dir()), None)
+        found += [find_recipe(name)] if folder is None else sorted(folder.glob("*.toml"))
+    return found

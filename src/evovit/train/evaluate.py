@@ -6,9 +6,10 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from evovit.data.images import Images
+from evovit.macs import evaluating
 from evovit.recipe.tables import Recipe
 from evovit.runtime.world import World
 
@@ -30,16 +31,21 @@ def autocast(recipe: Recipe, device: torch.device) -> Any:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, images: Images, recipe: Recipe, world: World) -> Accuracy:
-    """Return the accuracy of a model in evaluation mode; leaves it in training mode if it was."""
-    training = model.training
-    model.eval()
+def evaluate(
+    model: nn.Module, images: Images, recipe: Recipe, world: World, places: Tensor | None = None
+) -> Accuracy:
+    """Return the accuracy of a model in evaluation mode; its own modes are as before afterwards.
+
+    Args:
+        places: (classes of the images,) the model's class of each; None: the same.
+    """
     first = best = seen = 0
-    for batch, labels in images.test(world):
-        with autocast(recipe, world.device):
-            logits = model(batch.to(world.device))
-        top = logits.float().topk(min(5, logits.shape[1]), dim=1).indices.cpu() == labels[:, None]
-        first, best, seen = first + int(top[:, 0].sum()), best + int(top.sum()), seen + labels.shape[0]
-    model.train(training)
+    with evaluating(model):
+        for batch, labels in images.test(world):
+            with autocast(recipe, world.device):
+                logits = model(batch.to(world.device))
+            labels = labels if places is None else places[labels]
+            top = logits.float().topk(min(5, logits.shape[1]), dim=1).indices.cpu() == labels[:, None]
+            first, best, seen = first + int(top[:, 0].sum()), best + int(top.sum()), seen + labels.shape[0]
     total = world.sum([first, best, seen])
     return Accuracy(100 * total[0] / total[2], 100 * total[1] / total[2], int(total[2]))

@@ -1,0 +1,146 @@
+"""A model with the images to test it on: of a run, or of a timm name and a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from evovit.data.images import Images
+from evovit.errors import EvoViTError, check_choice
+from evovit.hosts import create_host
+from evovit.macs import gmacs
+from evovit.methods import build_config, find_method
+from evovit.model import ReducedViT, backbone_of, reduce_tokens
+from evovit.options import read_named
+from evovit.recipe.reading import overridden, parse_recipe, read_recipe
+from evovit.recipe.tables import Recipe
+from evovit.runtime.files import read_state_dict
+from evovit.runtime.world import World
+from evovit.train.build import build_model, fit, open_images_of
+from evovit.train.evaluate import evaluate
+from evovit.train.run import settle
+from evovit.train.state import read_weights
+
+OF_A_RUN = ("last", "best", "ema")
+
+
+class Tested(NamedTuple):
+    """A model and what it is tested on."""
+
+    name: str  # with its weights
+    recipe: Recipe
+    images: Images
+    model: nn.Module
+    places: Tensor | None = None  # (classes of the images,) class of the model; None: the same
+
+
+def run_model(run: Path, weights: str, folder: Path | None, overrides: Sequence[str]) -> Tested:
+    """Return the model of a run with its weights: last, best or ema."""
+    check_choice("weights", weights, OF_A_RUN)
+    recipe = read_recipe(run / "recipe.toml", overrides)
+    if folder is not None:
+        recipe = replace(recipe, data=replace(recipe.data, **_splits(folder)))
+    images = open_images_of(recipe)
+    model = build_model(recipe, images.num_classes, weights=False)
+    fit(model, read_weights(run, weights), f"The checkpoint of {str(run)!r}")
+    settle(model)
+    return Tested(f"{run}, {weights} weights", recipe, images, model)
+
+
+def named_model(
+    name: str,
+    weights: str,
+    pretrained: bool,
+    folder: Path | None,
+    overrides: Sequence[str],
+    device: str,
+    workers: int,
+) -> Tested:
+    """Return a timm model with weights from a file, or the published ones, and a folder of images."""
+    if folder is None:
+        raise EvoViTError(f"{name!r} has no test images of its own; give --images FOLDER.")
+    if bool(weights) == pretrained:
+        raise EvoViTError(f"Give either --weights FILE or --pretrained for {name!r}.")
+    model = create_host(name, pretrained=pretrained)
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    if weights:
+        state = read_state_dict(weights)
+        heads = cfg.get("classifier") or ()
+        head = state.get(f"{heads if isinstance(heads, str) else next(iter(heads), '')}.weight")
+        if head is not None and head.shape[0] != getattr(model, "num_classes", head.shape[0]):
+            model = create_host(name, num_classes=head.shape[0])
+        fit(model, state, f"{weights!r}")
+    tables = {
+        "model": {"name": name},
+        "data": {
+            **_splits(folder),
+            "batch_size": 1,
+            "workers": workers,
+            "crop_pct": cfg.get("crop_pct", 0.875),
+        },
+        "learning_rate": {"base": 0.0, "warm_up_epochs": 0},
+        "run": {"epochs": 1, "device": device},
+    }
+    recipe = parse_recipe(overridden(tables, overrides))
+    images = open_images_of(recipe)
+    return Tested(
+        f"{name}, {weights or 'published weights'}",
+        recipe,
+        images,
+        model,
+        places_of(images.class_names, model),
+    )
+
+
+def _splits(folder: Path) -> dict[str, Any]:
+    """Return the data table's source and splits for one folder of test images."""
+    folder = folder.resolve()
+    return {"source": str(folder.parent), "train_split": folder.name, "test_split": folder.name}
+
+
+def places_of(names: Sequence[str], model: Any) -> Tensor | None:
+    """Return the model's class of each class of the images; None where they are the same in number.
+
+    Folders named as ImageNet names its classes (n01440764) find theirs among the 1000.
+    """
+    if len(names) == model.num_classes:
+        return None
+    from timm.data import ImageNetInfo
+
+    known = {label: place for place, label in enumerate(ImageNetInfo("imagenet-1k").label_names())}
+    if model.num_classes != len(known) or not set(names) <= set(known):
+        raise EvoViTError(
+            f"The images have {len(names)} classes and the model {model.num_classes}; give weights with as "
+            "many, or folders named as ImageNet's classes are (n01440764)."
+        )
+    return torch.tensor([known[name] for name in names])
+
+
+def test_lines(tested: Tested, methods: Sequence[str], world: World) -> Iterator[str]:
+    """Test the model as it is and with each method; yield a line for each."""
+    asked = [(name, options) for name, options in map(read_named, methods)]
+    for name, options in asked:
+        build_config(find_method(name), options)
+    model = tested.model.to(world.device)
+    models = {"as trained" if isinstance(model, ReducedViT) else "dense": model}
+    host: nn.Module = model.model if isinstance(model, ReducedViT) else model
+    if asked and host is not model:
+        models["dense"] = host
+    for text, (name, options) in zip(methods, asked, strict=True):
+        models[text] = reduce_tokens(host, name, **options)
+    yield f"{tested.name}:"
+    first = None
+    for what, each in models.items():
+        accuracy = evaluate(each, tested.images, tested.recipe, world, tested.places)
+        beside = "" if first is None else f" ({accuracy.top1 - first:+.2f})"
+        first = accuracy.top1 if first is None else first
+        work = gmacs(each, backbone_of(each).image_shape)
+        yield (
+            f"  {what}: top-1 {accuracy.top1:.2f} %{beside}, top-5 {accuracy.top5:.2f} %, {work:.4g} GMACs, "
+            f"{accuracy.images} images, {len(tested.images.unreadable)} unreadable"
+        )

@@ -1,0 +1,86 @@
+"""`evovit eval`: runs and timm models on images, dense and reduced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from evovit import cli
+from evovit.errors import EvoViTError
+from evovit.train.tested import places_of
+from tests.run.processes import train_here
+from tests.run.test_every_method import recipe_for
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of plain pictures."""
+    root = tmp_path_factory.mktemp("images") / "val"
+    for i, name in enumerate(("blue", "red")):
+        (root / name).mkdir(parents=True)
+        for k in range(3):
+            colour = (255 * i, 0, 255 * (1 - i))
+            Image.new("RGB", (40, 32 + k), colour).save(root / name / f"{k}.png")
+    return root
+
+
+def tell(*arguments: str) -> None:
+    cli.main(["eval", *arguments])
+
+
+def test_a_dense_run_is_tested_reduced_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_here(recipe_for(None), tmp_path / "dense")
+    capsys.readouterr()
+    tell(str(tmp_path / "dense"), "--method", "evo_vit:start_block=1,keep_ratio=0.3", "tome:r=[3,3]")
+    dense, evo, tome = capsys.readouterr().out.splitlines()[1:]
+    assert dense.startswith("  dense: top-1 ") and "20 images" in dense
+    assert evo.startswith("  evo_vit:start_block=1,keep_ratio=0.3: top-1 ") and "(" in evo
+    work = [float(line.split(" GMACs")[0].split()[-1]) for line in (dense, evo, tome)]
+    assert work[1] < work[0] and work[2] < work[0]
+
+
+def test_a_timm_model_with_a_file_of_weights_is_tested_on_a_folder(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = timm.create_model("test_vit", num_classes=2)
+    with torch.no_grad():
+        model.head.bias[0], model.head.bias[1] = 1e4, -1e4  # all are blue
+    torch.save({"model": model.state_dict()}, tmp_path / "fine.pth")
+    words = ("--weights", str(tmp_path / "fine.pth"), "--images", str(folder), "--workers", "0")
+    tell("test_vit", *words, "--method", "tome:r=4")
+    head, dense, tome = capsys.readouterr().out.splitlines()
+    assert head.startswith("test_vit, ")
+    assert "top-1 50.00 %" in dense and "6 images, 0 unreadable" in dense
+    assert "top-1 50.00 % (+0.00)" in tome
+
+
+def test_folders_named_as_imagenets_classes_find_their_places() -> None:
+    model = timm.create_model("test_vit", num_classes=1000)
+    places = places_of(["n01440764", "n02102040", "n03888257"], model)
+    assert places is not None and places.tolist() == [0, 217, 701]
+    assert places_of(["x"] * 1000, model) is None
+    with pytest.raises(EvoViTError, match="The images have 2 classes and the model 1000"):
+        places_of(["blue", "red"], model)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("test_vit",), "give --images FOLDER"),
+        (("test_vit", "--images", "."), "Give either --weights FILE or --pretrained"),
+        (("test_vitt", "--images", ".", "--pretrained"), "Did you mean 'test_vit"),
+        (("nowhere/run", "--images", ".", "--pretrained"), "timm does not know"),
+        (("test_vit", "--images", ".", "--weights", "no.pth"), "There is no checkpoint file 'no.pth'"),
+    ],
+)
+def test_what_is_missing_is_one_sentence(
+    words: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        tell(*words)
+    told = capsys.readouterr().err
+    assert exit_.value.code == 2 and sentence in told and told.count("\n") == 1

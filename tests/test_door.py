@@ -1,0 +1,94 @@
+"""The door: quick, short, and lazy; whoever is imported first, timm knows the named models."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import evovit
+from evovit import cli
+
+
+def in_a_fresh_process(code: str) -> str:
+    """Return what a piece of Python prints."""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"]])
+def test_help_is_short_and_imports_no_torch(arguments: list[str]) -> None:
+    code = f"import sys; from evovit.cli import main; main({arguments}); assert 'torch' not in sys.modules"
+    shown = in_a_fresh_process(code)
+    assert 0 < len(shown.splitlines()) <= 20
+    if not arguments:
+        assert all(f"  {command} " in shown for command in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_the_help_of_a_command_fits_two_screens_and_imports_no_torch(command: str) -> None:
+    code = f"""
+import sys
+from evovit.cli import main
+try:
+    main([{command!r}, "--help"])
+finally:
+    assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) <= 80
+    assert f"$ evovit {command}" in done.stdout  # an example
+
+
+def test_importing_evovit_imports_neither_torch_nor_timm() -> None:
+    in_a_fresh_process("import sys, evovit; assert not {'torch', 'timm', 'numpy'} & set(sys.modules)")
+
+
+@pytest.mark.parametrize("order", ["import timm, evovit", "import evovit, timm"])
+def test_timm_knows_the_named_models_whichever_comes_first(order: str) -> None:
+    in_a_fresh_process(f"{order}; assert timm.is_model('evo_deit_small_patch16_224')")
+
+
+def test_every_public_name_is_there_and_no_other() -> None:
+    for name in evovit.__all__:
+        assert getattr(evovit, name) is not None
+        assert name in dir(evovit)
+    with pytest.raises(AttributeError, match="no attribute 'reduce_token'"):
+        _ = evovit.reduce_token  # type: ignore[attr-defined]
+
+
+def test_an_unknown_command_gets_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["trian"])
+    told = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert told.startswith("evovit: there is no command 'trian'") and "Did you mean 'train'?" in told
+
+
+def test_interrupted_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from evovit.commands import train
+
+    def interrupted(recipe: str = "") -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", interrupted)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train"])
+    assert exit_.value.code == 130
+    assert "the same command again goes on where it stopped" in capsys.readouterr().err
+
+
+def test_a_reader_who_leaves_early_is_no_traceback() -> None:
+    pipe = subprocess.Popen(
+        [sys.executable, "-m", "evovit", "options"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert pipe.stdout is not None and pipe.stderr is not None
+    pipe.stdout.read(10)
+    pipe.stdout.close()
+    assert pipe.stderr.read() == b""
+    pipe.stderr.close()
+    assert pipe.wait() in (0, 141)
