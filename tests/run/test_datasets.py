@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from PIL import Image
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from evovit.data.images import DigitImages
 from evovit.data.pictures import PictureImages, open_images, posterize
@@ -253,3 +256,86 @@ def test_a_cut_shard_is_named(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:1700])
     with pytest.raises(EvoViTError, match=r"set-train-0000\.tar.*cannot be read"):
         open_reader(f"wds/{tmp_path}", "train")
+
+
+def test_every_format_that_pillow_reads_is_a_class_of_its_own(tmp_path: Path) -> None:
+    for kind in ("webp", "bmp", "tiff", "gif", "JPG"):
+        (tmp_path / "train" / kind).mkdir(parents=True)
+        Image.new("RGB", (40, 30), (200, 100, 50)).save(tmp_path / "train" / kind / f"a.{kind}")
+    reader = open_reader(str(tmp_path), "train")
+    assert list(reader.class_to_idx) == ["bmp", "gif", "JPG", "tiff", "webp"]
+    images = open_images(recipe_for(tmp_path, test_split="train"), 24, COLOURS)
+    assert sum(len(labels) for _, labels in images.test(World(0, 1, CPU))) == 5 and not images.unreadable
+
+
+def test_sixteen_bits_are_scaled_not_white(tmp_path: Path) -> None:
+    (tmp_path / "val" / "grey").mkdir(parents=True)
+    levels = (numpy.linspace(0, 1, 64)[:, None] * numpy.ones(64) * 65535).astype(numpy.uint16)
+    Image.fromarray(levels).save(tmp_path / "val" / "grey" / "deep.png")
+    Image.fromarray((levels // 257).astype(numpy.uint8)).save(tmp_path / "val" / "grey" / "plain.png")
+    images = open_images(recipe_for(tmp_path, batch_size=1, train_split="val"), 24, COLOURS)
+    ((batch, _),) = images.test(World(0, 1, CPU))
+    assert torch.equal(batch[0], batch[1]) and batch[0].std() > 0.5
+
+
+@pytest.mark.parametrize("odd", ["fifo", "loop", "socket name", "nowhere"])
+def test_odd_things_among_the_images_neither_hang_nor_end(odd: str, tmp_path: Path) -> None:
+    write_images(tmp_path)
+    place = tmp_path / "train" / "class0"
+    if odd == "fifo":
+        os.mkfifo(place / "pipe.jpg")
+    elif odd == "loop":
+        (place / "again").symlink_to(tmp_path / "train")
+    elif odd == "nowhere":
+        (place / "gone.jpg").symlink_to(tmp_path / "nothing.jpg")
+    else:
+        (Path(os.fsdecode(bytes(place) + b"/\xff\xfe.jpg"))).write_bytes(b"no image")
+    images = open_images(recipe_for(tmp_path), 24, COLOURS)
+    whole = [batch for batches in read(images) for batch in batches]
+    assert len(whole) == 3
+    broken = odd in ("nowhere", "socket name")
+    assert len(images.unreadable) == broken
+    print(list(images.unreadable))  # can be printed
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda train: Image.new("RGB", (9, 9)).save(train / "stray.png"), "holds images beside its class"),
+        (lambda train: (train / "notes").mkdir() or (train / "notes" / "a.heic").write_text(""), "a.heic"),
+    ],
+)
+def test_a_class_never_vanishes_in_silence(change: Any, sentence: str, tmp_path: Path) -> None:
+    write_images(tmp_path)
+    change(tmp_path / "train")
+    with pytest.raises(EvoViTError, match=sentence):
+        open_reader(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("content", [b"1000000000000", b"9" * 5000, b"-1", b"cat", b"\xff"])
+def test_a_giant_or_foreign_class_number_in_a_shard_is_one_sentence(content: bytes, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "data-train-0.tar", "w") as archive:
+        for name, data in (("0.jpg", b"x"), ("0.cls", content)):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, BytesIO(data))
+    with pytest.raises(EvoViTError, match="cannot be read"):
+        open_reader(f"wds/{tmp_path}", "train")
+
+
+def test_a_damaged_tar_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "train.tar").write_bytes(b"no archive" * 100)
+    with pytest.raises(EvoViTError, match="cannot be read as a tar file"):
+        open_reader(str(tmp_path), "train.tar")
+
+
+def test_the_order_is_that_of_timms_reader(tmp_path: Path) -> None:
+    """So that a training of before goes on with the same bits."""
+    for name in ("b/img10", "b/img2", "a/x/img1", "a/Img3", "c 2/y", "c 10/z"):
+        path = tmp_path / "train" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(path)
+    ours, theirs = open_reader(str(tmp_path), "train"), ReaderImageFolder(str(tmp_path / "train"))
+    assert ours.class_to_idx == theirs.class_to_idx
+    assert [(str(path), label) for path, label in ours.samples] == theirs.samples
+    assert [ours.filename(row) for row in range(6)] == [theirs.filename(row) for row in range(6)]

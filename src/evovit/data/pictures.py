@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from evovit.data.dense_labels import DenseLabels
+from evovit.data.folder import printable
 from evovit.data.images import TEST_BATCH, Batch, Chosen, DigitImages, Images
 from evovit.data.readers import names_of_classes, open_reader
 from evovit.errors import EvoViTError
@@ -43,16 +45,25 @@ class Pictures(Dataset[Any]):
         try:
             file, label = self.reader[row]
             with file, Image.open(file) as opened:
-                image = opened.convert("RGB")
-        except Exception as error:  # PIL raises many kinds for damaged files
-            return Unreadable(
-                str(self.reader.filename(row, absolute=True)), f"{type(error).__name__}: {error}"
-            )
+                image = as_rgb(opened)
+        except Exception as error:  # Pillow raises many kinds for damaged files
+            name = printable(self.reader.filename(row, absolute=True))
+            return Unreadable(name, printable(f"{type(error).__name__}: {error}"))
         with seeded(*place):
             augmented = self.transform(image)
         if self.dense is None:
             return augmented, int(label)
         return augmented, self.dense(place, self.reader.filename(row, absolute=True), image, int(label))
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Return an image as three channels of 8 bits; 16 bits are scaled, where Pillow cuts them to white."""
+    if image.mode.startswith("I"):  # I;16, I;16B, and I, as which some versions open 16 bits
+        levels = numpy.asarray(image).astype(numpy.int64).clip(0, 65535) // 257
+        image = Image.fromarray(levels.astype(numpy.uint8))
+    elif image.mode == "F":
+        raise ValueError("an image of floating-point numbers, whose range is not known")
+    return image.convert("RGB")
 
 
 class PictureImages(Images):

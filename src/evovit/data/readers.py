@@ -7,6 +7,7 @@ from typing import Any
 
 from timm.data.readers import create_reader
 
+from evovit.data.folder import FolderReader
 from evovit.data.shards import ShardReader
 from evovit.errors import EvoViTError
 
@@ -29,10 +30,14 @@ def open_reader(source: str, split: str) -> Any:
         raise EvoViTError(
             f"There is no {str(place)!r} to read images from ({there}); set data.source and splits."
         )
+    if place.is_dir():
+        return FolderReader(place)
     try:
         return create_reader("", root=str(place))
-    except RuntimeError as error:
-        raise EvoViTError(f"{str(place)!r} holds no images in class folders: {error}.") from error
+    except Exception as error:  # a damaged archive raises many kinds
+        raise EvoViTError(
+            f"{str(place)!r} cannot be read as a tar file of class folders: {error}."
+        ) from error
 
 
 def names_of_classes(train: Any, test: Any, source: str) -> list[str]:

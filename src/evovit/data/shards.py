@@ -15,6 +15,8 @@ from evovit.errors import EvoViTError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm")
 LABEL = "cls"
+MOST_CLASSES = 1_000_000
+LONGEST_LABEL = 64  # bytes
 
 
 class Sample(NamedTuple):
@@ -75,15 +77,23 @@ class ShardReader:
                     if member.isfile() and kind.lower() in IMAGES:
                         images[f"{folder}/{key}"] = member
                     elif member.isfile() and kind == LABEL:
-                        content = archive.extractfile(member)
-                        assert content is not None
-                        labels[f"{folder}/{key}"] = int(content.read())
+                        labels[f"{folder}/{key}"] = self._label(archive, member)
         except (tarfile.TarError, OSError, ValueError) as error:
             raise EvoViTError(f"The shard {str(path)!r} cannot be read: {error}.") from error
-        lacking = [key for key in images if key not in labels or labels[key] < 0]
+        lacking = [key for key in images if key not in labels]
         if lacking:
             raise EvoViTError(
                 f"{str(path)!r} has {len(lacking)} images without a class number in .{LABEL}, first "
                 f"{images[lacking[0]].name!r}."
             )
         return [Sample(number, m.name, m.offset_data, m.size, labels[key]) for key, m in images.items()]
+
+    @staticmethod
+    def _label(archive: tarfile.TarFile, member: tarfile.TarInfo) -> int:
+        """Return the class number in a member; raises ValueError where it is none."""
+        content = archive.extractfile(member)
+        assert content is not None
+        label = int(content.read(LONGEST_LABEL)) if member.size <= LONGEST_LABEL else -1
+        if not 0 <= label < MOST_CLASSES:
+            raise ValueError(f"{member.name} holds no class number below {MOST_CLASSES}")
+        return label
