@@ -23,6 +23,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
+def in_one_line(error: BaseException) -> str:
+    """Return what an error says in one line, cut where it is long, without its last dot."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= 2 * LONGEST else f"{text[: 2 * LONGEST]}...").rstrip(".")
+
+
 def nearest(word: Any, known: Iterable[str]) -> str:
     """Return " Did you mean ...?" with the known word most like `word`, or nothing where none is."""
     near = difflib.get_close_matches(str(word), list(known), 1)

@@ -72,7 +72,7 @@ def save_broken(kind: str, folder: Path) -> Path:
         ("missing", "There is no checkpoint file"),
         ("truncated", "cannot be read as a checkpoint"),
         ("truncated_safetensors", "cannot be read as a checkpoint"),
-        ("code", "is no checkpoint of plain tensors"),
+        ("code", "holds more than plain tensors"),
         ("list", "holds no state dict"),
         ("empty", "cannot be read as a checkpoint"),
     ],

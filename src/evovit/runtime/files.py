@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 from collections.abc import Callable, Mapping
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +15,50 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, in_one_line
 
+TEMPORARY = ".tmp"  # ends the name of a file that is being written
 WRAPPERS = ("model", "state_dict", "model_state_dict")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, sync it, then rename it over `path`."""
+    """Let `write` fill a new file beside `path`, sync it, then rename it over `path`.
+
+    What a killed process left half written under this name is removed. The file's mode follows the umask.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    remove_leftovers(path.parent, path.name)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(8)}{TEMPORARY}")
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # never through a link
+    mode = temporary.stat().st_mode
     try:
         write(temporary)
+        temporary.chmod(mode)  # safetensors makes a file of its own, for this user alone
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes left half written in a folder, of one file's name or of any."""
+    for path in folder.glob(f".{'*' if name is None else escape(name)}.*{TEMPORARY}"):
+        pid = path.name.removesuffix(TEMPORARY).split(".")[-2]
+        if not pid.isdigit() or not _is_alive(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False  # it writes one file at a time
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -61,11 +91,12 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise EvoViTError(
-            f"{str(path)!r} cannot be read as a checkpoint (cut off or damaged?): {error}"
+            f"{str(path)!r} cannot be read as a checkpoint (cut off or damaged?): {in_one_line(error)}."
         ) from error
     except Exception as error:  # pickle.UnpicklingError and what broken pickles raise
         raise EvoViTError(
-            f"{str(path)!r} is no checkpoint of plain tensors, and nothing else is loaded for safety: {error}"
+            f"{str(path)!r} holds more than plain tensors, and nothing else is loaded, for safety; take a "
+            ".safetensors file, or one that holds a state dict alone."
         ) from error
     return plain_state_dict(content, repr(str(path)))
 
