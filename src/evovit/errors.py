@@ -31,7 +31,7 @@ def in_one_line(error: BaseException) -> str:
 
 def nearest(word: Any, known: Iterable[str]) -> str:
     """Return " Did you mean ...?" with the known word most like `word`, or nothing where none is."""
-    near = difflib.get_close_matches(str(word), list(known), 1)
+    near = difflib.get_close_matches(word, list(known), 1) if isinstance(word, str) else []
     return f" Did you mean {near[0]!r}?" if near else ""
 
 

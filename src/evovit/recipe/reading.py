@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from evovit.errors import EvoViTError, nearest, shown
+from evovit.errors import EvoViTError, in_one_line, nearest, shown
 from evovit.methods import DENSE, find_method, list_methods
 from evovit.options import Described, build, describe, read_assignment
 from evovit.recipe.tables import TABLES, Recipe
 
+DEEPEST = 12  # tables in tables
 LIBRARY = Path(__file__).parent / "library"  # recipes that come with the package
 OLD_DENSE = "none"  # what run folders of version 0.1 call the dense method
 PICTURE_KNOBS = (
@@ -43,9 +44,28 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise EvoViTError(f"The recipe {str(path)!r} cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise EvoViTError(f"The recipe {str(path)!r} is not valid TOML: {error}.") from error
+    except (ValueError, RecursionError) as error:  # also bad UTF-8, numbers of thousands of digits
+        told = "it is nested too deep" if isinstance(error, RecursionError) else in_one_line(error)
+        raise EvoViTError(f"The recipe {str(path)!r} is not valid TOML: {told}.") from error
     return parse_recipe(overridden(tables, overrides))
+
+
+def check_plain(value: Any, what: str, depth: int = 0) -> None:
+    """Raise `EvoViTError` unless TOML can hold a value so that it is read back as it was."""
+    if depth > DEEPEST:
+        raise EvoViTError(f"{what} is nested more than {DEEPEST} deep; make it flatter.")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise EvoViTError(f"{what} has the key {shown(key)}; keys are text.")
+            check_plain(item, what, depth + 1)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_plain(item, what, depth + 1)
+    elif not isinstance(value, bool | int | float | str) or (
+        isinstance(value, float) and not math.isfinite(value)
+    ):
+        raise EvoViTError(f"{what} holds {shown(value)}; allowed are finite numbers, text, true and false.")
 
 
 def parse_recipe(tables: dict[str, Any]) -> Recipe:
@@ -120,12 +140,12 @@ def _table(name: str, content: Any) -> Any:
         method = content.get("name", DENSE)
         options = {key: value for key, value in content.items() if key != "name"}
         content = {"name": DENSE if method == OLD_DENSE else method, "options": options}
+    check_plain(content.get("options", {}), f"{name}.options" if name == "model" else f"[{name}]")
     return build(TABLES[name], content, f"[{name}]")
 
 
 def overridden(tables: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return plain tables with `table.key=value` texts laid over them."""
-    tables = deepcopy(tables)
+    """Lay `table.key=value` texts over plain tables, in place, and return these."""
     for text in overrides:
         path, value = read_assignment(text, "method.keep_ratio=0.5")
         *place, key = [part.strip() for part in path.split(".")]
