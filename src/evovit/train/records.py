@@ -57,12 +57,12 @@ class Records:
         self._append(EPOCHS, record)
         tested = f", top-1 {record['top1']:.2f} %" if "top1" in record else ""
         left = record["seconds"] * (epochs - record["epoch"])
-        self.say(
+        self.log(
             f"epoch {record['epoch']}/{epochs}: loss {record['loss']:.4f}{tested}, "
             f"{record['images_per_second']:.0f} images/s, about {duration(left)} left"
         )
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a line above the bar."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
