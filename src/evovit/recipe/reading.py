@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Sequence
 from dataclasses import fields
+from datetime import date, time
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,16 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(tables: dict[str, Any]) -> Recipe:
-    """Build a recipe from plain tables; raises `EvoViTError` for a wrong key, type or value."""
+    """Build a recipe from plain tables, as a TOML file has them or as Python has.
+
+    Raises:
+        EvoViTError: a wrong key, type or value.
+    """
     for name in tables:
         if name not in TABLES:
             there = f"there are {', '.join(TABLES)}"
             raise EvoViTError(f"A recipe has no table [{name}]; {there}.{nearest(name, TABLES)}")
-    recipe = Recipe(**{name: _table(name, tables.get(name, {})) for name in TABLES})
+    recipe = Recipe(**{name: _table(name, as_toml(tables.get(name, {}))) for name in TABLES})
     check_together(recipe)
     return recipe
 
@@ -133,13 +138,21 @@ def _override(tables: dict[str, Any], text: str) -> None:
         tables = tables.setdefault(part, {})
         if not isinstance(tables, dict):
             raise EvoViTError(f"{shown(text)}: {part} is not a table.")
-    tables[key] = _as_toml(value)
+    tables[key] = value
 
 
-def _as_toml(value: Any) -> Any:
-    """Return a value as a TOML file would hold it."""
+def as_toml(value: Any) -> Any:
+    """Return a value as a TOML file holds it, so that a recipe equals the one that is read back."""
+    value = value.tolist() if hasattr(value, "tolist") else value  # of NumPy or PyTorch
+    if isinstance(value, dict):
+        return {str(key): as_toml(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_as_toml(item) for item in value]
+        return [as_toml(item) for item in value]
+    if value is not None and not isinstance(value, bool | int | float | str | date | time):
+        raise EvoViTError(
+            f"{shown(value)} has no place in a recipe; a recipe has text, numbers, true, false, dates, lists "
+            "and tables."
+        )
     return "none" if value is None else value
 
 
