@@ -44,7 +44,8 @@ class ReducedViT(nn.Module):
         tokens, trace = self.blocks(backbone, images, record, prepare)
         whole = self.method.finish(tokens) if backbone.head_reads_patches else tokens
         features = backbone.norm(whole.x)
-        logits = backbone.head(features)
+        mask = whole.mask
+        logits = backbone.head(features) if mask is None else backbone.masked_head(features, mask)
         each = backbone.token_logits(features) if self.training else None
         alone = None if each is None else backbone.class_logits(features)
         extra = backbone.extra_logits(features) if self.training else {}

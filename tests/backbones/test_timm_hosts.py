@@ -25,7 +25,9 @@ from timm.models.vitamin import VitCfg, VitConvCfg
 from torch import Tensor, nn
 
 from evovit import reduce_tokens
+from evovit.backbones import adapt
 from evovit.errors import EvoViTError
+from evovit.ops.select import take, with_prefix
 
 HOSTS = (VisionTransformer, Eva)
 RELEASE = tuple(int(number) for number in timm.__version__.split(".")[:3])
@@ -107,6 +109,30 @@ def assert_exact(host: nn.Module, images: Tensor) -> None:
             assert relative_error(*outputs) < 1e-5
 
 
+def pools_otherwise(host: Any) -> bool:
+    """Tell whether the head pools in a way that no mask reaches: refined patches, or not at all."""
+    return type(host.attn_pool).__name__ == "AttentionPoolPrr" or not host.global_pool
+
+
+def assert_masked_head(host: nn.Module, images: Tensor) -> None:
+    """Compare the masked head with the host's own on the rows that take part, other ones for each image."""
+    backbone, prefix = adapt(host), host.num_prefix_tokens
+    with torch.no_grad():
+        features = host.forward_features(images)
+        count = features.shape[1] - prefix
+        rows = torch.stack([torch.randperm(count)[: count // 2].sort().values for _ in images])
+        mask = torch.zeros(len(images), count).scatter(1, rows, 1.0)
+        if pools_otherwise(host):
+            with pytest.raises(EvoViTError, match="cannot leave masked patch tokens out") as refusal:
+                backbone.masked_head(features, mask)
+            assert str(refusal.value).count(". ") == 0
+            return
+        kept = take(features, with_prefix(rows, prefix))
+        assert relative_error(backbone.masked_head(features, mask), host.forward_head(kept)) < 1e-5
+        whole = backbone.masked_head(features, torch.ones_like(mask))
+        assert relative_error(whole, host.forward_head(features)) < 1e-5
+
+
 def test_walk_is_complete() -> None:
     names = timm_names()
     assert set(REFUSED) <= set(names)
@@ -125,6 +151,7 @@ def test_exact_or_refused(name: str) -> None:
         return
     images = image_pair(host.patch_embed.img_size)
     assert_exact(host, images)
+    assert_masked_head(host, images)
     with torch.no_grad():
         outputs = reduce_tokens(host, "evo_vit", verify=False, **options).run(images, record=True)
     assert outputs.logits.isfinite().all()
@@ -175,6 +202,7 @@ OPTIONS: dict[str, Callable[[], nn.Module]] = {
     "pool_with_prefix": lambda: vit(global_pool="avgmax", pool_include_prefix=True),
     "max_pool": lambda: vit(global_pool="max"),
     "map_pool": lambda: vit(global_pool="map"),
+    "map_pool_with_prefix": lambda: vit(global_pool="map", pool_include_prefix=True),
     "prr_pool": lambda: vit(global_pool="prr"),
     "eva_gated": lambda: eva_gated(num_prefix_tokens=1),
     "eva_rope_gated": lambda: eva_gated(attn_type="rope", num_kv_heads=2, qkv_fused=False, qk_norm=True),
@@ -188,6 +216,8 @@ OPTIONS: dict[str, Callable[[], nn.Module]] = {
     "eva_mixed_rope_attention": lambda: eva(rope_type="mixed", attn_type="rope", use_abs_pos_emb=False),
     "eva_mrope": lambda: eva(rope_type="mrope", attn_type="rope"),
     "eva_half_scale": lambda: eva(init_values=0.1, attn_only_layer_scale=True),
+    "eva_map_pool": lambda: eva(global_pool="map"),
+    "eva_max_pool": lambda: eva(global_pool="avgmax"),
     "eva_no_class_token": lambda: eva(class_token=False, global_pool="map"),
     "eva_no_pool": lambda: eva(global_pool="", num_classes=0),
 }
@@ -205,7 +235,9 @@ def built(make: Callable[[], nn.Module]) -> nn.Module:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_without_a_named_model_are_exact(name: str) -> None:
-    assert_exact(built(OPTIONS[name]).eval(), image_pair((16, 24)))
+    host = built(OPTIONS[name]).eval()
+    assert_exact(host, image_pair((16, 24)))
+    assert_masked_head(host, image_pair((16, 24)))
 
 
 DROPS = {

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import evovit
+from evovit.backbones import adapt
 from evovit.macs import gmacs
 from evovit.methods import dynamic_vit
 from evovit.methods.dynamic_vit import Decided, ScorePredictor
@@ -20,7 +22,7 @@ from evovit.ops.mask import gumbel_keep, gumbel_noise, masked_softmax
 from evovit.recipe.tables import ObjectiveTable
 from evovit.tokens import Outputs, Taught, Tokens
 from evovit.train.objective import Objective
-from tests.conftest import Golden, make_host, pictures
+from tests.conftest import TINY, Golden, disturb, make_host, pictures
 from tests.parity import assert_close, assert_same_gradients, assert_same_traces
 
 DEIT, LV_VIT, UNITS = Golden("dynamicvit"), Golden("dynamicvit_lvvit"), Golden("units_dynamicvit")
@@ -223,40 +225,85 @@ def test_sampled_shares_are_the_probabilities() -> None:
 
 def given_noise(
     reduced: evovit.ReducedViT, images: Tensor, numbers: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    """Return evaluation's features and noise under which training decides the same."""
+) -> tuple[Outputs, Tensor]:
+    """Return evaluation's outputs and noise under which training decides the same."""
     with torch.no_grad():
         outputs = reduced.eval().run(images, record=True)
     noise = []
     for number in numbers:
         kept = torch.zeros(images.shape[0], 16).scatter(1, outputs.trace[number].index, 1.0)
         noise.append(100 * torch.stack((kept, 1 - kept), dim=-1))
-    return outputs.features, torch.stack(noise)
+    return outputs, torch.stack(noise)
+
+
+def train_mode(reduced: evovit.ReducedViT) -> evovit.ReducedViT:
+    """Set the mode of training; batch norms keep the statistics that evaluation has."""
+    reduced.train()
+    for module in reduced.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return reduced
+
+
+POOLED: dict[str, dict[str, Any]] = {
+    "max": {"global_pool": "max"},
+    "avgmax_with_prefix": {"global_pool": "avgmax", "pool_include_prefix": True},
+    "map_with_prefix": {"global_pool": "map", "pool_include_prefix": True},
+    "prr": {"global_pool": "prr"},
+}
 
 
 @pytest.mark.parametrize(
     "host",
     [
-        *("vit", "deit3", "dinov2_reg", "deit_distilled", "clip", "qk_norm", "post_norm"),
-        *("parallel_things", "parallel_scaling", "eva02", "dinov3"),
+        *("vit", "vit_avg", "deit3", "dinov2_reg", "deit_distilled", "clip", "siglip", "qk_norm"),
+        *("post_norm", "parallel_things", "parallel_scaling", "eva02", "dinov3", "lv_vit"),
+        *("max", "avgmax_with_prefix", "map_with_prefix"),
     ],
 )
 def test_masked_training_equals_gathered_evaluation_for_equal_decisions(
     host: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Up to the eps of the released softmax, for prefix and surviving tokens, on every kind of block."""
+    """Up to the eps of the released softmax: prefix, surviving tokens and logits, on every block and head."""
     images = pictures()
-    reduced = evovit.reduce_tokens(make_host(host), "dynamic_vit", blocks=(1, 3), keep_ratio=0.6)
+    model = disturb(VisionTransformer(**(TINY | POOLED[host]))) if host in POOLED else make_host(host)
+    reduced = evovit.reduce_tokens(model, "dynamic_vit", blocks=(1, 3), keep_ratio=0.6)
     expected, noise = given_noise(reduced, images, (1, 3))
     draw(noise, monkeypatch)
     with torch.no_grad():
-        outputs = reduced.train().run(images)
+        outputs = train_mode(reduced).run(images)
     prefix, first, last = reduced.method.spec.num_prefix, *outputs.tokens.carry.keeps
     assert first.sum(1).tolist() == [9, 9] and last.sum(1).tolist() == [5, 5]
     rows = last.bool()
     patches = outputs.features[:, prefix:][rows].unflatten(0, (2, 5))
     ours = torch.cat((outputs.features[:, :prefix], patches), dim=1)
-    assert_close(ours, expected)
+    assert_close(ours, expected.features)
+    assert_close(outputs.logits, expected.logits)
+
+
+@pytest.mark.parametrize("host", ["vit_avg", "siglip"])
+def test_a_decision_before_the_last_block_learns_from_the_head_too(
+    host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the mask gains where the head pools by it, also for tokens that are out."""
+    reduced = evovit.reduce_tokens(make_host(host), "dynamic_vit", blocks=(1,), keep_ratio=0.6)
+    _, noise = given_noise(reduced, pictures(), (1,))
+    draw(noise, monkeypatch)
+    outputs = reduced.train().run(pictures())
+    mask = outputs.tokens.mask.detach().requires_grad_()
+    logits = adapt(reduced.model).masked_head(outputs.features.detach(), mask)
+    assert_close(logits, outputs.logits)
+    (gradient,) = torch.autograd.grad(logits.square().sum(), mask)
+    assert gradient.isfinite().all() and (gradient.abs() > 1e-6).all()
+    assert (mask == 0).any()
+
+
+def test_a_head_that_no_mask_reaches_is_refused_in_training() -> None:
+    host = disturb(VisionTransformer(**(TINY | POOLED["prr"])))
+    reduced = evovit.reduce_tokens(host, "dynamic_vit", blocks=(1,))
+    assert reduced.eval()(pictures()).isfinite().all()
+    with pytest.raises(evovit.EvoViTError, match="cannot leave masked patch tokens out of the host's head"):
+        reduced.train()(pictures())
 
 
 def test_decisions_are_nested_and_masked_tokens_change_no_other() -> None:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from evovit.ops.mask import mask_bias, masked_max, masked_mean
 from evovit.ops.score import attention_column_mean, class_attention, evolve, random_score
 from evovit.ops.select import best_by_count, best_by_threshold, put, split_top, take, unique_keys, with_prefix
 from evovit.ops.update import representative
@@ -122,3 +123,43 @@ def test_representative_is_the_score_weighted_mean_of_the_waiting() -> None:
     weights = [score[0, n] / sum(score[0, m] for m in waiting) for n in waiting]
     expected = sum(w * patches[0, n] for w, n in zip(weights, waiting, strict=True))
     assert torch.allclose(two[0, 0], expected, atol=1e-6)
+
+
+def test_masked_pooling_reads_the_rows_that_take_part() -> None:
+    x, mask = torch.randn(2, 6, 3), torch.tensor([[1.0, 0, 0, 1, 1, 0], [0, 0, 1, 0, 0, 0]])
+    weights = (torch.randn(2, 1, 1, 6) + mask_bias(mask)).softmax(-1)
+    for image in range(2):
+        kept = x[image, mask[image].bool()]
+        assert torch.allclose(masked_mean(x, mask)[image], kept.mean(0), atol=1e-6)
+        assert torch.equal(masked_max(x, mask)[image], kept.amax(0))
+        assert (weights[image, 0, 0, ~mask[image].bool()] < 1e-9).all()
+    none = torch.zeros(2, 6)
+    for pool in (masked_mean, masked_max):
+        assert pool(x, none).isfinite().all()
+        assert pool(x.bfloat16(), mask).dtype == torch.bfloat16
+
+
+def test_masked_pooling_has_the_gradient_of_a_share() -> None:
+    """Of the mask as a number, at 0 and at 1, by finite differences where the formula goes on beyond them."""
+    x, logits = torch.randn(2, 6, 3, dtype=torch.float64), torch.randn(2, 1, 1, 6, dtype=torch.float64)
+    mask = torch.tensor([[1.0, 0, 0, 1, 1, 0], [0, 1, 1, 0, 0, 1]], dtype=torch.float64)
+
+    def attention(share: torch.Tensor) -> torch.Tensor:
+        weight = logits.exp() * share[:, None, None]
+        return (weight / weight.sum(-1, keepdim=True))[:, 0] @ x
+
+    def mean(share: torch.Tensor) -> torch.Tensor:
+        return (x * share[:, :, None]).sum(1) / share.sum(1, keepdim=True)
+
+    share = mask.float().requires_grad_()
+    pooled = (logits.float() + mask_bias(share)).softmax(-1)[:, 0] @ x.float()
+    for ours, formula in ((pooled, attention), (masked_mean(x.float(), share), mean)):
+        (found,) = torch.autograd.grad(ours.sum(), share)
+        for place in range(6):
+            step = torch.zeros_like(mask)
+            step[:, place] = 1e-6
+            rise = (formula(mask + step) - formula(mask - step)) / 2e-6
+            assert torch.allclose(found[:, place].double(), rise.flatten(1).sum(1), rtol=1e-3, atol=1e-5)
+    largest = masked_max(x.float(), share)
+    (found,) = torch.autograd.grad(largest.sum(), share)
+    assert (found >= 0).all() and (found[mask == 0] == 0).all() and (found.sum(1) > 0).all()

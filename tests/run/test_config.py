@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import tomllib
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+import torch
 
 from evovit.errors import EvoViTError
 from evovit.methods import find_method, list_methods
 from evovit.options import describe
 from evovit.recipe.reading import LIBRARY, differences, parse_recipe, read_recipe
-from evovit.recipe.tables import TABLES
+from evovit.recipe.tables import TABLES, MethodTable
 from evovit.train.build import check_recipe
 
 RECIPES = sorted(LIBRARY.rglob("*.toml"))
@@ -32,6 +36,103 @@ warm_up_epochs = 1
 [run]
 epochs = 3
 """
+NESTED = """
+[model.options.pretrained_cfg_overlay]
+mean = [0.5, 0.25, 0.5]
+note = "Zürich \\"東\\"\\n"
+[[model.options.stages]]
+depth = 2
+[[model.options.stages]]
+depth = 4
+names = ["é", "b"]
+inner = {deep = {on = true}, none = []}
+"""
+OLD = r"""
+[model]
+name = "vit_tiny_patch16_224"
+num_classes = 0
+drop_path = 0.1
+pretrained = false
+weights = ""
+options.img_size = 24
+options.patch_size = 6
+options.depth = 4
+options.global_pool = "avg"
+
+[method]
+name = "none"
+
+[data]
+source = "digits"
+train_split = "trä\"in"
+test_split = "val"
+batch_size = 32
+workers = 4
+max_corrupt = 10
+repeats = 1
+crop_scale = 0.08
+flip = 0.5
+rand_augment = ""
+colour_jitter = 0.0
+erase = 0.0
+mixup = 0.0
+cutmix = 0.0
+token_labels = ""
+token_label_grid = 14
+crop_pct = 0.875
+scenes = 2048
+test_scenes = 2000
+fragments = 4
+
+[objective]
+reduction = "sum"
+label_smoothing = 0.0
+distillation = "none"
+teacher = ""
+teacher_weights = ""
+alpha = 0.5
+temperature = 1.0
+token_distillation = 0.0
+token_label_weight = 0.0
+mix_token = false
+
+[optimizer]
+name = "adamw"
+weight_decay = 0.05
+beta1 = 0.9
+beta2 = 0.999
+eps = 1e-08
+clip_norm = 0.0
+adaptive_clip = 0.0
+rate_factors = ""
+freeze_host_epochs = 0
+frozen = ""
+
+[learning_rate]
+base = 0.001
+reference_batch = 512
+muon = 0.02
+warm_up_epochs = 1.0
+warm_up_start = 1e-06
+minimum = 1e-05
+last_epochs = 0
+
+[run]
+epochs = 3
+seed = 0
+device = "auto"
+batch_per_device = 0
+precision = "fp32"
+compile = false
+activation_checkpointing = false
+ema_decay = 0.0
+reduce_from_epoch = 0
+reduce_ramp_epochs = 0
+test_every = 1
+checkpoint_every = 0
+max_skipped = 10
+log_to = "none"
+"""  # as version 0.1 wrote it into the folder of a run
 
 
 @pytest.fixture
@@ -47,6 +148,76 @@ def test_a_written_recipe_reads_as_itself(path: Path, tmp_path: Path) -> None:
     again.write_text(recipe.to_toml(), encoding="utf-8")
     assert read_recipe(again) == recipe
     assert differences(recipe, read_recipe(again)) == []
+
+
+def test_nested_options_are_written_as_they_were_read(path: Path, tmp_path: Path) -> None:
+    inline = "options = {img_size = 24, patch_size = 6, depth = 4}"  # no table may follow inside it
+    path.write_text(PLAIN.replace(inline, "options.depth = 4") + NESTED, encoding="utf-8")
+    recipe = read_recipe(path)
+    options = recipe.model.options
+    assert options["depth"] == 4
+    assert options["pretrained_cfg_overlay"] == {"mean": [0.5, 0.25, 0.5], "note": 'Zürich "東"\n'}
+    last = {"depth": 4, "names": ["é", "b"], "inner": {"deep": {"on": True}, "none": []}}
+    assert options["stages"] == [{"depth": 2}, last]
+    again = tmp_path / "again.toml"
+    again.write_text(recipe.to_toml(), encoding="utf-8")
+    assert read_recipe(again) == recipe and differences(recipe, read_recipe(again)) == []
+    assert read_recipe(again).to_toml() == recipe.to_toml()
+    inside = "model.options.pretrained_cfg_overlay.mean=[0.5, 0.5, 0.5]"
+    (said,) = differences(recipe, read_recipe(again, [inside]))
+    assert said.startswith("model.options.pretrained_cfg_overlay: ")
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        ('{a = {b = [1, {c = "ü"}]}}', {"a": {"b": [1, {"c": "ü"}]}}),
+        ("[{a = 1}, {b = [[1, 2], [3]]}]", [{"a": 1}, {"b": [[1, 2], [3]]}]),
+        ("{'a': (1, None), 2: 'x'}", {"a": [1, "none"], "2": "x"}),
+        ("[{day = 2020-01-01}]", [{"day": date(2020, 1, 1)}]),
+        ("{1, 2}", None),
+        ("[b'x']", None),
+    ],
+)
+def test_nested_overrides_are_read_back_or_refused(path: Path, tmp_path: Path, value: str, read: Any) -> None:
+    override = f"model.options.given={value}"
+    if read is None:
+        with pytest.raises(
+            EvoViTError, match="a recipe has text, numbers, true, false, dates, lists and tables"
+        ):
+            read_recipe(path, [override])
+        return
+    recipe, again = read_recipe(path, [override]), tmp_path / "again.toml"
+    assert recipe.model.options["given"] == read
+    again.write_text(recipe.to_toml(), encoding="utf-8")
+    assert read_recipe(again) == recipe
+
+
+def test_a_recipe_of_python_values_is_read_back(path: Path, tmp_path: Path) -> None:
+    tables = tomllib.loads(PLAIN)
+    tables["method"] |= {"keep_ratio": (1.0, 0.5, 0.5, 0.5), "switch_at": None}
+    tables["model"]["options"] |= {"given": ({"a": (1, 2)},), "depth": numpy.int64(6)}
+    tables["run"]["epochs"] = torch.tensor(7)
+    recipe = parse_recipe(tables)
+    path.write_text(recipe.to_toml(), encoding="utf-8")
+    assert differences(recipe, read_recipe(path)) == []
+    assert recipe.model.options["depth"] == 6 and recipe.run.epochs == 7
+
+
+def test_a_recipe_of_version_0_1_reads_as_an_equal_one(path: Path, tmp_path: Path) -> None:
+    """Its options have dotted keys, its dense method is called none."""
+    old = tmp_path / "old.toml"
+    old.write_text(OLD, encoding="utf-8")
+    text = PLAIN.replace('name = "evo_vit"\nstart_block = 1', 'name = "dense"')
+    path.write_text(text.replace("depth = 4}", 'depth = 4, global_pool = "avg"}'), encoding="utf-8")
+    new = read_recipe(path, ["model.drop_path=0.1", 'data.train_split="trä\\"in"'])
+    assert read_recipe(old) == new and differences(read_recipe(old), new) == []
+    assert read_recipe(old).to_toml() == new.to_toml()
+    reduced = tmp_path / "reduced.toml"
+    method = 'name = "evo_vit"\nkeep_ratio = [1.0, 0.5, 0.5, 0.5]\nfast_update = false'
+    reduced.write_text(OLD.replace('[method]\nname = "none"', f"[method]\n{method}"), encoding="utf-8")
+    options = {"keep_ratio": [1.0, 0.5, 0.5, 0.5], "fast_update": False}
+    assert read_recipe(reduced).method == MethodTable(name="evo_vit", options=options)
 
 
 @pytest.mark.parametrize(

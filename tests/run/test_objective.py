@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import evovit
 from evovit.errors import EvoViTError
+from evovit.methods import find_method
 from evovit.recipe.tables import ObjectiveTable
 from evovit.tokens import Taught
 from evovit.train.objective import Objective, distillation
@@ -173,7 +174,72 @@ def test_every_parameter_gets_a_gradient() -> None:
         assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
+COMPARED = ObjectiveTable(token_distillation=1.0, teacher="given")
+
+
 def test_token_distillation_asks_for_what_it_needs() -> None:
-    goal = ObjectiveTable(token_distillation=1.0, teacher="given")
     with pytest.raises(EvoViTError, match="a reduced model and a teacher"):
-        Objective(make_host("vit"), goal, make_host("vit"))
+        Objective(make_host("vit"), COMPARED, make_host("vit"))
+    model = evovit.reduce_tokens(make_host("vit"), "evit", blocks=(1,))
+    with pytest.raises(EvoViTError, match="token_distillation compares tokens with.*choose an equal teacher"):
+        Objective(model, COMPARED, make_host("dinov3"))
+
+
+@pytest.mark.parametrize("host", ["vit", "vit_avg", "siglip", "lv_vit", "dinov2_reg"])
+@pytest.mark.parametrize("method", evovit.list_methods())
+def test_token_distillation_trains_or_is_refused_when_it_is_built(method: str, host: str) -> None:
+    cls, without = find_method(method), {"selection": "column_mean", "compared": "active"}
+    chosen = {key: value for key, value in without.items() if host == "siglip" and hasattr(cls.Config, key)}
+    model = evovit.reduce_tokens(make_host(host), method, **cls.example, **chosen).train()
+    if not model.method.keeps_places:
+        with pytest.raises(EvoViTError, match="leaves no patch token at its place on the grid"):
+            Objective(model, COMPARED, make_host(host))
+        return
+    terms = Objective(model, COMPARED, make_host(host)).train()(pictures(), LABELS)
+    loss = torch.stack(list(terms.values())).sum()
+    loss.backward()
+    assert terms["tokens"].isfinite() and loss.isfinite()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.sub_(0.01 * p.grad if p.grad is not None else 0)
+    assert Objective(model, COMPARED, make_host(host))(pictures(), LABELS)["tokens"].isfinite()
+
+
+def test_sub_sampling_that_pools_nothing_keeps_places() -> None:
+    model = evovit.reduce_tokens(make_host("vit"), "subsample", block=2, stride=1)
+    assert Objective(model, COMPARED, make_host("vit"))(pictures(), LABELS)["tokens"] < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("evit", {"blocks": (1,)}),
+        ("subsample", {"block": 2}),
+        ("evo_vit", {"start_block": 1, "preserve": False, "fast_update": False}),
+        ("evo_vit", {"start_block": 1, "rejoin_last": False}),
+    ],
+)
+@pytest.mark.parametrize("learner", ["evo_vit", "idle_vit"])
+def test_a_teacher_that_reduces_its_tokens_is_refused(
+    learner: str, method: str, options: dict[str, Any]
+) -> None:
+    """By token distillation, and by a method whose own losses compare tokens."""
+    model = evovit.reduce_tokens(make_host("vit"), learner, start_block=1)
+    teacher = evovit.reduce_tokens(make_host("vit"), method, **options)
+    goal = COMPARED if learner == "evo_vit" else ObjectiveTable(teacher="given")
+    with pytest.raises(EvoViTError, match="all tokens of its teacher, which reduces them; take a dense one"):
+        Objective(model, goal, teacher)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_teacher_that_is_the_model_is_refused_and_stays_as_it_was(whole: bool) -> None:
+    """It would be frozen, and the model with it."""
+    model = reduced()
+    teacher = model.model
+    if not whole:  # one parameter in common is enough
+        teacher = make_host("vit_avg")
+        teacher.head.bias = model.model.head.bias
+    with pytest.raises(EvoViTError, match=r"shares model\.\S+ with the model, which learns; give a copy"):
+        Objective(model, ObjectiveTable(distillation="soft", teacher="given"), teacher)
+    assert all(p.requires_grad for p in (*model.parameters(), *teacher.parameters()))
+    assert model.training

@@ -5,6 +5,7 @@ Children come from a fork server that has imported everything; most of the time 
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from evovit.errors import EvoViTError
+from evovit.recipe.reading import read_recipe
 from evovit.train import trainer
 from evovit.train.state import read_checkpoint
 from tests.run.processes import finish, losses, outcome, small, start, start_world, train_here
@@ -179,6 +181,39 @@ def test_a_finished_run_stays_as_it_is_and_another_recipe_is_refused(tmp_path: P
         train_here(small(tmp_path, "run.epochs=2", "method.keep_ratio=0.7"), folder)
     assert outcome(folder) == before
     train_here(small(tmp_path, "run.epochs=2", "run.batch_per_device=8"), folder)  # how, not what
+
+
+NESTED = ('model.options.pretrained_cfg_overlay={mean = [0.5, 0.5, 0.5], license = "frei für alle"}',)
+ONCE = ("run.epochs=2", "data.scenes=16", "data.test_scenes=8")
+
+
+def test_a_run_with_nested_options_goes_on(tmp_path: Path) -> None:
+    recipe, folder = small(tmp_path, *ONCE, *NESTED), tmp_path / "run"
+    train_here(recipe, folder)
+    assert read_recipe(folder / "recipe.toml") == recipe
+    newest = max(folder.glob("checkpoints/0*.json"))
+    for path in (newest, newest.with_suffix(".safetensors")):
+        path.unlink()
+    before = losses(folder)
+    assert "going on after update 1 of 2" in train_here(small(tmp_path, *ONCE, *NESTED), folder)
+    assert losses(folder) == before
+    with pytest.raises(EvoViTError, match=r"model\.options\.pretrained_cfg_overlay: \{.*, now None"):
+        train_here(small(tmp_path, *ONCE), folder)
+
+
+def test_a_run_whose_recipe_version_0_1_wrote_goes_on(tmp_path: Path) -> None:
+    """A line each option, those of the model with dotted keys."""
+    recipe, folder = small(tmp_path, *ONCE), tmp_path / "run"
+    train_here(recipe, folder)
+    lines = [(name.split(".", 1), json.dumps(value)) for name, value in recipe.knobs()]
+    tables = {table: f"[{table}]\n" for (table, _), _ in lines}
+    for (table, key), value in lines:
+        tables[table] += f"{key} = {value}\n"
+    assert "options.depth = 4\n" in tables["model"]
+    (folder / "recipe.toml").write_text("\n".join(tables.values()))
+    assert "finished" in train_here(recipe, folder)
+    with pytest.raises(EvoViTError, match=r"model\.options\.depth: 4, now 3"):
+        train_here(small(tmp_path, *ONCE, "model.options.depth=3"), folder)
 
 
 def test_processes_and_accumulation_give_one_loss_curve(tmp_path: Path) -> None:

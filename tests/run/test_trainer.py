@@ -18,6 +18,7 @@ from evovit.errors import EvoViTError
 from evovit.methods import find_method, list_methods
 from evovit.options import describe
 from evovit.recipe.tables import TABLES, Recipe
+from evovit.runtime.seeds import seed_for
 from evovit.runtime.world import World
 from evovit.train import trainer as trainer_module
 from evovit.train.build import build_model, open_run
@@ -35,6 +36,12 @@ def make(recipe: Recipe, folder: Path) -> Trainer:
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     images, model = open_run(recipe)
     return Trainer(recipe, images, model, folder, ALONE, Console(quiet=True))
+
+
+def test_seeds_stay_the_same_so_that_trainings_do() -> None:
+    assert seed_for(0, "weights") == 3436511528
+    assert seed_for(3, "order", 7) == 3576768988
+    assert seed_for(0, 12, 0, 1) == 4124321039
 
 
 def test_the_rate_warms_up_per_update_and_falls_as_a_cosine(tmp_path: Path) -> None:

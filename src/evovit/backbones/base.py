@@ -122,6 +122,21 @@ class Backbone(ABC):
     def head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Return logits (B, classes), or what enters the classifier, from normed features (B, P + N, C)."""
 
+    def masked_head(self, features: Tensor, mask: Tensor) -> Tensor:
+        """Return `head` of the patch rows that take part alone; default: for heads that read no patches.
+
+        Args:
+            features: (B, P + N, C).
+            mask: (B, N) 1 where a patch row takes part; has a gradient at 0 and 1.
+        """
+        if self.head_reads_patches:
+            raise EvoViTError(
+                f"{type(self).__name__} cannot leave masked patch tokens out of the host's head, as training "
+                "with masks needs; choose a host with global_pool 'token', 'avg', 'max', 'avgmax' or 'map', "
+                "or a method that does not mask."
+            )
+        return self.head(features)
+
     def class_logits(self, features: Tensor) -> Tensor:
         """Return the logits of the class head alone, where `head` adds another; default: `head`."""
         return self.head(features)

@@ -17,6 +17,9 @@ class LVViTView(TimmViT):
         super().__init__(model)
         self.head_reads_patches = self.model.aux_weight > 0
 
+    def masked_head(self, features: Tensor, mask: Tensor) -> Tensor:
+        return self.model.forward_head(features, mask=mask)  # type: ignore[no-any-return]
+
     def class_logits(self, features: Tensor) -> Tensor:
         return self.model.class_logits(features)  # type: ignore[no-any-return]
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from evovit.backbones import adapter
 from evovit.backbones.base import Backbone, Stage, expect_class, expect_parts, raster_tokens
+from evovit.backbones.timm_heads import masked_logits
 from evovit.backbones.timm_rope_blocks import BLOCKS, EvaBlock, rotation_table
 from evovit.backbones.timm_vit import HOST_PARTS, timm_grid, timm_spec
 from evovit.tokens import Tokens
@@ -56,6 +57,13 @@ class TimmEva(Backbone):
 
     def head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         return self.model.forward_head(features, pre_logits=pre_logits)  # type: ignore[no-any-return]
+
+    def masked_head(self, features: Tensor, mask: Tensor) -> Tensor:
+        if self.head_reads_patches:  # only attention pooling reads the prefix too
+            logits = masked_logits(self.model, features, mask, self.model.attn_pool is not None)
+            if logits is not None:
+                return logits
+        return super().masked_head(features, mask)
 
     def host_features(self, images: Tensor) -> Tensor:
         return self.model.forward_features(images)  # type: ignore[no-any-return]

@@ -20,6 +20,7 @@ from evovit.backbones.base import (
     raster_tokens,
 )
 from evovit.backbones.timm_blocks import PostNormBlock, PreNormBlock
+from evovit.backbones.timm_heads import masked_logits
 from evovit.backbones.timm_parallel_blocks import ParallelScalingBlock, ParallelThingsBlock
 from evovit.errors import EvoViTError
 from evovit.tokens import Tokens
@@ -103,6 +104,13 @@ class TimmViT(Backbone):
                 "set_distilled_training(False) on the host to train their mean."
             )
         return out
+
+    def masked_head(self, features: Tensor, mask: Tensor) -> Tensor:
+        if self.head_reads_patches:
+            logits = masked_logits(self.model, features, mask, self.model.pool_include_prefix)
+            if logits is not None:
+                return logits
+        return super().masked_head(features, mask)
 
     def host_features(self, images: Tensor) -> Tensor:
         return self.model.forward_features(images)  # type: ignore[no-any-return]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from evovit.data.digits import NUM_CLASSES, digit_scenes
 from evovit.recipe.tables import Recipe
-from evovit.runtime.seeds import number, seeded
+from evovit.runtime.seeds import seed_for, seeded
 from evovit.runtime.world import World
 
 TEST_SEED = 2**40  # of the digit scenes for testing, as in the quickstart
@@ -73,7 +73,7 @@ class Images(ABC):
     def order(self, epoch: int) -> Sequence[int]:
         """Return the image of each place in an epoch; copies for repeated augmentation stand side by side."""
         repeats = self.recipe.data.repeats
-        generator = torch.Generator().manual_seed(number(self.recipe.run.seed, "order", epoch))
+        generator = torch.Generator().manual_seed(seed_for(self.recipe.run.seed, "order", epoch))
         shuffled = torch.randperm(self.length, generator=generator)
         return shuffled.repeat_interleave(repeats)[: self.length].tolist()
 
@@ -101,7 +101,7 @@ class DigitImages(Images):
             self.length,
             size=self.side,
             num_fragments=min(most, 2 * (most + 1) * epoch // run.epochs),
-            seed=number(run.seed, "scenes", epoch),
+            seed=seed_for(run.seed, "scenes", epoch),
         )
         for part in chosen:
             rows = [image for _, image in part]

@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from pkgutil import iter_modules
 from typing import Any
 
-from evovit.errors import EvoViTError, nearest
+from evovit.errors import EvoViTError, nearest, shown
 from evovit.methods.base import Method
 from evovit.options import build
 
@@ -41,9 +41,9 @@ def list_methods() -> list[str]:
 
 def find_method(name: str) -> type[Method]:
     """Return the method class of a name; raises `EvoViTError` with the nearest name."""
-    if name not in _METHODS:
+    if not isinstance(name, str) or name not in _METHODS:
         raise EvoViTError(
-            f"There is no method {name!r}; the methods are {', '.join(list_methods())}."
+            f"There is no method {shown(name)}; the methods are {', '.join(list_methods())}."
             f"{nearest(name, list_methods())}"
         )
     return _METHODS[name]

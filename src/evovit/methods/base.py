@@ -24,9 +24,9 @@ class Method(nn.Module, ABC):
         spec: what the host is; a method refuses here, in a sentence, what it cannot do.
     """
 
-    keeps_grid: ClassVar[bool] = False  # every patch token reaches `finish`, in raster order
     needs_class_token: ClassVar[bool] = True
     crosses_stages: ClassVar[bool] = False  # fit for hosts that down-sample between stages
+    keeps_grid: bool = False  # every patch token leaves `finish`, in raster order; options may turn it off
     learns_from_teacher: bool = False  # `losses` reads the teacher's features; options may turn it off
     reads_teacher_trace: bool = False  # `losses` compares with the teacher after every block
     needs_teacher: bool = False  # some parameters learn through such `losses` alone

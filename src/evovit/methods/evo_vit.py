@@ -74,6 +74,7 @@ class EvoViT(Method):
         if config.fast_update and not config.preserve:
             raise EvoViTError("fast_update updates the placeholders that preserve=False drops; turn one off.")
         check_count("stage_length", config.stage_length, 1, spec.depth)
+        self.keeps_grid = config.preserve and config.rejoin_last
         start, multiple = config.start_block, config.multiple_of
         self.schedule = KeepSchedule.from_block(spec.depth, config.keep_ratio, start, multiple)
         trade_off = per_block(config.trade_off, spec.depth, "trade_off")

@@ -44,6 +44,7 @@ class Subsample(Method):
         super().__init__(config, spec)
         check_count("block", config.block, 0, spec.depth - 1, "blocks count from 0")
         check_count("stride", config.stride, 1, min(spec.grid), "at most the grid's shorter side")
+        self.keeps_places = config.stride == 1  # else a token stands for its window
         self.conv = (
             nn.Conv2d(spec.dims[0], spec.dims[0], config.stride, config.stride)
             if config.kind == "conv"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from evovit.errors import EvoViTError, check_choice
 from evovit.models.named import imagenet_cfg, own_options
+from evovit.ops.mask import masked_max
 
 __all__: list[str] = []  # timm's registry adds the entry points
 
@@ -185,13 +186,19 @@ class LVViT(VisionTransformer):  # type: ignore[misc]
         """Return logits (B, N, classes) of the patch tokens, from normed features (B, 1 + N, C)."""
         return self.aux_head(features[:, self.num_prefix_tokens :])  # type: ignore[no-any-return]
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return logits (B, classes) of both heads, or what enters the class head."""
+    def forward_head(self, x: Tensor, pre_logits: bool = False, mask: Tensor | None = None) -> Tensor:
+        """Return logits (B, classes) of both heads, or what enters the class head.
+
+        Args:
+            x: (B, 1 + N, C), normed.
+            mask: (B, N) 1 where the second head reads a patch token; None: all.
+        """
         logits: Tensor = super().forward_head(x, pre_logits=pre_logits)
         used = self.aux_weight > 0 and self.num_classes > 0 and (self.aux_in_training or not self.training)
         if pre_logits or not used:
             return logits
-        return logits + self.aux_weight * self.token_logits(x).amax(1)
+        each = self.token_logits(x)  # (B, N, classes)
+        return logits + self.aux_weight * (each.amax(1) if mask is None else masked_max(each, mask))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give both heads another number of classes."""

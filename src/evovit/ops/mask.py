@@ -1,4 +1,7 @@
-"""Masked training: tokens stay in place, but those masked out influence no other (DynamicViT, section 3)."""
+"""Masked training: tokens stay in place, but those masked out influence no other (DynamicViT, section 3).
+
+What a head pools is masked too: it learns on the tokens that it will read.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +40,39 @@ def masked_attention(qkv: QKV, bias: Tensor | None, mask: Tensor) -> Tensor:
     logits = (qkv.q * qkv.scale) @ qkv.k.transpose(-2, -1)
     logits = logits if bias is None else logits + bias
     return masked_softmax(logits, mask).to(qkv.v.dtype) @ qkv.v
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean (B, C) of the rows that take part; 0 where none does.
+
+    Args:
+        x: (B, N, C).
+        mask: (B, N) 1 where a row takes part, with gradient.
+    """
+    weight = mask.float().unsqueeze(-1)
+    return ((x * weight).sum(1) / weight.sum(1).clamp_min(1)).to(x.dtype)
+
+
+def masked_max(x: Tensor, mask: Tensor) -> Tensor:
+    """Return the largest value (B, C) among the rows that take part; arguments as of `masked_mean`.
+
+    Rows that do not take part fall to the least value of all: the mask has a gradient where a row is largest.
+    """
+    weight = mask.to(x.dtype).unsqueeze(-1)
+    least = x.detach().amin(1, keepdim=True)
+    return (x * weight + least * (1 - weight)).amax(1)
+
+
+def mask_bias(mask: Tensor, eps: float = 1e-12) -> Tensor:
+    """Return what a mask adds to logits before a softmax over keys, (B, 1, 1, N): log(mask + eps).
+
+    So it multiplies the exponentials, and has the gradient of this product, at 0 too.
+
+    Args:
+        mask: (B, N) 1 where a key takes part, with gradient.
+        eps: weight of a key that does not, beside 1.
+    """
+    return (mask.float() + eps).log()[:, None, None]
 
 
 def gumbel_noise(like: Tensor) -> Tensor:

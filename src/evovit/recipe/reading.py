@@ -6,6 +6,7 @@ import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import fields
+from datetime import date, time
 from pathlib import Path
 from typing import Any
 
@@ -50,31 +51,17 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(overridden(tables, overrides))
 
 
-def check_plain(value: Any, what: str, depth: int = 0) -> None:
-    """Raise `EvoViTError` unless TOML can hold a value so that it is read back as it was."""
-    if depth > DEEPEST:
-        raise EvoViTError(f"{what} is nested more than {DEEPEST} deep; make it flatter.")
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise EvoViTError(f"{what} has the key {shown(key)}; keys are text.")
-            check_plain(item, what, depth + 1)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            check_plain(item, what, depth + 1)
-    elif not isinstance(value, bool | int | float | str) or (
-        isinstance(value, float) and not math.isfinite(value)
-    ):
-        raise EvoViTError(f"{what} holds {shown(value)}; allowed are finite numbers, text, true and false.")
-
-
 def parse_recipe(tables: dict[str, Any]) -> Recipe:
-    """Build a recipe from plain tables; raises `EvoViTError` for a wrong key, type or value."""
+    """Build a recipe from plain tables, as a TOML file has them or as Python has.
+
+    Raises:
+        EvoViTError: a wrong key, type or value.
+    """
     for name in tables:
         if name not in TABLES:
             there = f"there are {', '.join(TABLES)}"
             raise EvoViTError(f"A recipe has no table [{name}]; {there}.{nearest(name, TABLES)}")
-    recipe = Recipe(**{name: _table(name, tables.get(name, {})) for name in TABLES})
+    recipe = Recipe(**{name: _table(name, as_toml(tables.get(name, {}), f"[{name}]")) for name in TABLES})
     check_together(recipe)
     return recipe
 
@@ -140,7 +127,7 @@ def _table(name: str, content: Any) -> Any:
         method = content.get("name", DENSE)
         options = {key: value for key, value in content.items() if key != "name"}
         content = {"name": DENSE if method == OLD_DENSE else method, "options": options}
-    check_plain(content.get("options", {}), f"{name}.options" if name == "model" else f"[{name}]")
+    check_finite(content.get("options", {}), f"[{name}]")
     return build(TABLES[name], content, f"[{name}]")
 
 
@@ -156,15 +143,33 @@ def overridden(tables: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
                 raise EvoViTError(f"{shown(text)}: {part} is not a table.")
-        table[key] = _as_toml(value)
+        table[key] = value
     return tables
 
 
-def _as_toml(value: Any) -> Any:
-    """Return a value as a TOML file would hold it."""
+def as_toml(value: Any, what: str, depth: int = 0) -> Any:
+    """Return a value as a TOML file holds it, so that a recipe equals the one that is read back."""
+    if depth > DEEPEST:
+        raise EvoViTError(f"{what} is nested more than {DEEPEST} deep; make it flatter.")
+    value = value.tolist() if hasattr(value, "tolist") else value  # of NumPy or PyTorch
+    if isinstance(value, dict):
+        return {str(key): as_toml(item, what, depth + 1) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_as_toml(item) for item in value]
+        return [as_toml(item, what, depth + 1) for item in value]
+    if value is not None and not isinstance(value, bool | int | float | str | date | time):
+        raise EvoViTError(
+            f"{what} holds {shown(value)}, which has no place in a recipe; a recipe has text, numbers, true, "
+            "false, dates, lists and tables."
+        )
     return "none" if value is None else value
+
+
+def check_finite(value: Any, what: str) -> None:
+    """Raise `EvoViTError` where a number is not finite: `nan` would not equal itself when read back."""
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        check_finite(item, what)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise EvoViTError(f"{what} holds {value}; allowed are finite numbers.")
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

@@ -11,7 +11,7 @@ import numpy
 import torch
 
 
-def number(*place: object) -> int:
+def seed_for(*place: object) -> int:
     """Return a seed below 2**32 that follows from a place in the training, such as (seed, epoch, step)."""
     return int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=4).digest(), "big")
 
@@ -20,7 +20,7 @@ def number(*place: object) -> int:
 def seeded(*place: object) -> Iterator[None]:
     """Draw from generators seeded by a place; Python's, NumPy's and PyTorch's go on unchanged afterwards."""
     states = random.getstate(), numpy.random.get_state(), torch.random.get_rng_state()
-    seed = number(*place)
+    seed = seed_for(*place)
     random.seed(seed)
     numpy.random.seed(seed)
     torch.default_generator.manual_seed(seed)

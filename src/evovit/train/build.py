@@ -20,7 +20,7 @@ from evovit.model import ReducedViT, backbone_of, reduce_tokens
 from evovit.recipe.reading import read_recipe
 from evovit.recipe.tables import Recipe
 from evovit.runtime.files import read_state_dict
-from evovit.runtime.seeds import number
+from evovit.runtime.seeds import seed_for
 from evovit.train.objective import Objective
 from evovit.train.optimizers import build_optimizers
 from evovit.train.state import read_weights
@@ -35,7 +35,7 @@ def build_model(recipe: Recipe, num_classes: int, *, weights: bool = True) -> nn
         weights: also load `model.weights` or the published ones, if the recipe asks for them.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(number(recipe.run.seed, "weights"))
+        torch.manual_seed(seed_for(recipe.run.seed, "weights"))
         table = recipe.model
         drop_path = {"drop_path_rate": table.drop_path} if table.drop_path else {}
         host = create_host(
@@ -136,15 +136,7 @@ def build_objective(recipe: Recipe, model: nn.Module, num_classes: int, *, weigh
         [torch.tensor(part, device="cpu") for part in colours]
         for colours in (colours_of(recipe, model), theirs)
     )
-    objective = Objective(model, goal, teacher, (std / other_std, (mean - other_mean) / other_std))
-    if goal.token_distillation and isinstance(model, ReducedViT):
-        ours, other = (backbone_of(m).spec for m in (model, teacher))
-        if (ours.grid, ours.dims) != (other.grid, other.dims):
-            raise EvoViTError(
-                f"token_distillation compares token by token, but the teacher has {other.grid} of width "
-                f"{other.dims[-1]} and the model {ours.grid} of {ours.dims[-1]}; choose an equal teacher."
-            )
-    return objective
+    return Objective(model, goal, teacher, (std / other_std, (mean - other_mean) / other_std))
 
 
 def fit(module: nn.Module, state: dict[str, Tensor], what: str) -> None:

@@ -43,25 +43,17 @@ class Objective(nn.Module):
         super().__init__()
         self.labels_tokens = goal.token_label_weight > 0 or goal.mix_token
         model = with_token_labels(model, goal, teacher) if self.labels_tokens else model
+        check_teacher(model, goal, teacher)
         self.model, self.goal = model, goal
         self.teacher = teacher.requires_grad_(False).eval() if teacher is not None else None
         scale, shift = teacher_colours or (torch.ones(3), torch.zeros(3))
         self.register_buffer("scale", scale.view(-1, 1, 1), persistent=False)
         self.register_buffer("shift", shift.view(-1, 1, 1), persistent=False)
-        reduced = isinstance(model, ReducedViT)
         self.reads_features = goal.token_distillation > 0 or (
             isinstance(model, ReducedViT) and model.method.learns_from_teacher
         )
-        if goal.token_distillation > 0 and (not reduced or teacher is None):
-            raise EvoViTError("token_distillation needs a reduced model and a teacher.")
-        if isinstance(model, ReducedViT):
-            check_teacher(model, teacher)
-            if goal.token_distillation > 0 and not model.method.keeps_places:
-                raise EvoViTError(
-                    f"{type(model.method).__name__} leaves no patch token at its place on the grid, where "
-                    "token_distillation compares; leave it out."
-                )
-        elif goal.distillation != "none" and (switch := getattr(model, "set_distilled_training", None)):
+        switch = None if isinstance(model, ReducedViT) else getattr(model, "set_distilled_training", None)
+        if switch and goal.distillation != "none":
             switch(True)  # timm's distilled models then give one prediction for labels, one for the teacher
 
     def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -174,19 +166,41 @@ def token_distance(model: ReducedViT, outputs: Outputs, features: Tensor | None)
     return (squared * real).sum() / real.sum()
 
 
-def check_teacher(model: ReducedViT, teacher: nn.Module | None) -> None:
-    """Raise `EvoViTError` where the method's own losses cannot be had from this teacher."""
-    method, name = model.method, type(model.method).__name__
-    if teacher is None or not method.learns_from_teacher:
+def check_teacher(model: nn.Module, goal: ObjectiveTable, teacher: nn.Module | None) -> None:
+    """Raise `EvoViTError` where the losses cannot be had from this model and this teacher."""
+    compares = goal.token_distillation > 0
+    if compares and (not isinstance(model, ReducedViT) or teacher is None):
+        raise EvoViTError("token_distillation needs a reduced model and a teacher.")
+    if teacher is None:
         return
-    if isinstance(teacher, ReducedViT) and (method.reads_teacher_trace or not teacher.method.keeps_grid):
+    own = {id(p): name for name, p in model.named_parameters()}
+    shared = [own[id(p)] for p in teacher.parameters() if id(p) in own]
+    if shared:
+        raise EvoViTError(
+            f"The teacher, which is frozen, shares {shared[0]} with the model, which learns; give a copy "
+            "(copy.deepcopy) or another network."
+        )
+    if not isinstance(model, ReducedViT):
+        return
+    method, name = model.method, type(model.method).__name__
+    if compares and not method.keeps_places:
+        raise EvoViTError(
+            f"{name} leaves no patch token at its place on the grid, where token_distillation compares; "
+            "leave it out."
+        )
+    if not (compares or method.learns_from_teacher):
+        return
+    name = name if method.learns_from_teacher else "token_distillation"
+    if isinstance(teacher, ReducedViT) and (
+        method.reads_teacher_trace or not (teacher.method.keeps_grid and teacher.method.keeps_places)
+    ):
         raise EvoViTError(
             f"{name} learns from all tokens of its teacher, which reduces them; take a dense one."
         )
     ours, other = (backbone_of(m).spec for m in (model, teacher))
-    if (ours.grid, ours.dims, ours.num_prefix) != (other.grid, other.dims, other.num_prefix) or (
-        method.reads_teacher_trace and ours.depths != other.depths
-    ):
+    unequal = (ours.grid, ours.dims) != (other.grid, other.dims)
+    unequal |= method.learns_from_teacher and ours.num_prefix != other.num_prefix
+    if unequal or (method.reads_teacher_trace and ours.depths != other.depths):
         raise EvoViTError(
             f"{name} compares tokens with its teacher's, which has {other.depth} blocks of width "
             f"{other.dims[-1]} on {other.grid} and {other.num_prefix} prefix tokens; the model {ours.depth} "

@@ -57,12 +57,12 @@ class Records:
         self._append(EPOCHS, record)
         tested = f", top-1 {record['top1']:.2f} %" if "top1" in record else ""
         left = record["seconds"] * (epochs - record["epoch"])
-        self.say(
+        self.log(
             f"epoch {record['epoch']}/{epochs}: loss {record['loss']:.4f}{tested}, "
             f"{record['images_per_second']:.0f} images/s, about {duration(left)} left"
         )
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a line above the bar."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -83,15 +83,15 @@ class Records:
 
 
 def read_lines(path: Path) -> list[Record]:
-    """Return the records of a JSON-lines file; a last line that was cut off is left out."""
-    if not path.is_file():
-        return []
+    """Return the records of a JSON-lines file; what is none, such as a line cut off, is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and type(record.get("update")) is int:
+            records.append(record)
     return records
 
 

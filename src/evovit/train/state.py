@@ -68,13 +68,19 @@ def read_checkpoint(folder: Path, name: str) -> Checkpoint:
         content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         if content.pop("self") != _hash(content) or content["tensors"] != _hash_file(path):
             raise ValueError("its checksum is wrong")
+        if not isinstance(content["plain"], dict):
+            raise TypeError("its state is no table")
         return Checkpoint(load_file(path), content["plain"])
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-        reason = (
-            "its checksum is wrong"
-            if isinstance(error, ValueError | KeyError | AttributeError)
-            else str(error)
-        )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        RecursionError,
+        SafetensorError,
+    ) as error:
+        reason = error.strerror if isinstance(error, OSError) else "its checksum or its form is wrong"
         raise EvoViTError(f"The checkpoint {str(folder / name)!r} is damaged ({reason}).") from error
 
 

@@ -25,7 +25,7 @@ from evovit.data.images import Batch, Images
 from evovit.errors import EvoViTError
 from evovit.model import ReducedViT
 from evovit.recipe.tables import Recipe
-from evovit.runtime.seeds import number
+from evovit.runtime.seeds import seed_for
 from evovit.runtime.world import World
 from evovit.train import state
 from evovit.train.build import build_objective
@@ -66,7 +66,7 @@ class Trainer:
         self.records = Records(folder, self.total, run.log_to, console) if world.is_main else None
         self.update = self.skipped = self.skipped_in_row = 0
         self.best = -1.0
-        self.told: set[str] = set()  # unreadable images that were reported
+        self.reported: set[str] = set()  # paths of unreadable images
         self.totals = {"loss": 0.0, "counted": 0.0, "seconds": 0.0}  # of this epoch so far
         self.resume()
         if run.compile:
@@ -116,7 +116,7 @@ class Trainer:
         terms: dict[str, Tensor] = {}
         for forward in range(self.accumulate):
             images, targets = next(batches)
-            torch.manual_seed(number(self.recipe.run.seed, self.update, forward, self.world.rank))
+            torch.manual_seed(seed_for(self.recipe.run.seed, self.update, forward, self.world.rank))
             last = forward == self.accumulate - 1
             with nullcontext() if last or self.forward is self.objective else self.forward.no_sync():  # type: ignore[operator]
                 with autocast(self.recipe, self.world.device):
@@ -209,9 +209,9 @@ class Trainer:
             record["peak_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
         self.totals = dict.fromkeys(totals, 0.0)
         if self.records:
-            for path in [path for path in self.images.unreadable if path not in self.told]:
-                self.records.say(f"unreadable: {path} ({self.images.unreadable[path]})")
-                self.told.add(path)
+            for path in [path for path in self.images.unreadable if path not in self.reported]:
+                self.records.log(f"unreadable: {path} ({self.images.unreadable[path]})")
+                self.reported.add(path)
             self.records.epoch(record, run.epochs)
         if record.get("top1", -1.0) > self.best:
             self.best = record["top1"]
@@ -249,7 +249,7 @@ class Trainer:
         checkpoint, complaints = state.read_newest(self.folder)
         for complaint in complaints:
             if self.records:
-                self.records.say(complaint)
+                self.records.log(complaint)
         if checkpoint is None:
             return
         tensors, plain = checkpoint
@@ -262,7 +262,7 @@ class Trainer:
         self.skipped, self.skipped_in_row = plain["skipped"], plain["skipped_in_row"]
         self.images.unreadable |= plain["unreadable"]
         if self.records:
-            self.records.say(f"going on after update {self.update} of {self.total}")
+            self.records.log(f"going on after update {self.update} of {self.total}")
 
 
 def accumulation(recipe: Recipe, world: World) -> int:
