@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def test_damaged_folders_are_refused_in_one_sentence(tmp_path: Path) -> None:
         load_reduced(tmp_path / "nothing", make_host("vit"))
     reduced = evovit.reduce_tokens(make_host("vit"), "evo_vit", start_block=1)
     save_reduced(reduced, tmp_path / "model")
-    with pytest.raises(evovit.EvoViTError, match="do not fit the host Eva"):
+    with pytest.raises(evovit.EvoViTError, match="does not fit this Eva"):
         load_reduced(tmp_path / "model", make_host("eva02"))
     (tmp_path / "model" / "method.json").write_text('{"method": ')
     with pytest.raises(evovit.EvoViTError, match="is damaged or not written by evovit"):
@@ -153,3 +154,72 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_atomically(path, fail)
     assert torch.equal(read_state_dict(path)["a"], torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["weights.safetensors"]
+
+
+def test_a_save_cut_off_anywhere_leaves_the_old_one_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step that changes the folder fails once; never is a mixture of two saves read."""
+    images, saved = pictures(), []
+    for seed, ratio in ((0, 0.5), (1, 0.3)):
+        host = make_host("vit")
+        with torch.no_grad():
+            host.head.bias += seed
+        saved.append(evovit.reduce_tokens(host, start_block=1, keep_ratio=ratio).eval())
+    with torch.no_grad():
+        old, new = (model(images) for model in saved)
+    real, found, steps = Path.replace, list[bool](), 0
+    while True:
+        folder = tmp_path / str(steps)
+        save_reduced(saved[0], folder)
+        left = steps
+
+        def replace(path: Path, target: Path) -> Path:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return real(path, target)
+
+        monkeypatch.setattr(Path, "replace", replace)
+        try:
+            save_reduced(saved[1], folder)
+            break
+        except KeyboardInterrupt:
+            monkeypatch.setattr(Path, "replace", real)
+        with torch.no_grad():
+            logits = load_reduced(folder, make_host("vit")).eval()(images)
+        found.append(torch.equal(logits, new))
+        assert found[-1] or torch.equal(logits, old)
+        save_reduced(saved[1], folder)
+        assert sorted(p.name for p in folder.iterdir()) == [
+            "method.json",
+            "method.safetensors",
+            "model.safetensors",
+        ]
+        steps += 1
+    assert found == [False, False, False, True, True]
+
+
+def test_a_refused_folder_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    save_reduced(evovit.reduce_tokens(make_host("vit"), start_block=1), tmp_path)
+    model = make_host("deit3")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(evovit.EvoViTError, match="does not fit this VisionTransformer"):
+        load_reduced(tmp_path, model)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8] + b"12345678")
+    with pytest.raises(evovit.EvoViTError, match="missing, cut off or changed"):
+        load_reduced(tmp_path, make_host("vit"))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_folder_of_the_former_version_is_read(tmp_path: Path) -> None:
+    reduced = evovit.reduce_tokens(make_host("vit"), start_block=1).eval()
+    save_reduced(reduced, tmp_path)
+    content = json.loads((tmp_path / "method.json").read_text())
+    del content["files"]
+    (tmp_path / "method.json").write_text(json.dumps(content))
+    with torch.no_grad():
+        found = load_reduced(tmp_path, make_host("vit")).eval()(pictures())
+        assert torch.equal(found, reduced(pictures()))

@@ -1,73 +1,108 @@
 """A reduced model on disk: method.json (what it is), method.safetensors, model.safetensors (the host).
 
-The host's weights keep the host's names, so the file loads into the plain host too.
+The host's weights keep the host's names, so the file loads into the plain host too. method.json holds the
+checksum of every file and is written after them: a save that was cut off leaves the older one whole.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, in_one_line
 from evovit.methods import build_config, find_method, name_of
 from evovit.model import ReducedViT, reduce_tokens
-from evovit.runtime.files import read_state_dict, write_atomically, write_text
+from evovit.runtime.files import check_fit, hash_file, read_state_dict, write_atomically, write_text
+
+MANIFEST, METHOD, MODEL = "method.json", "method.safetensors", "model.safetensors"
+NEW = ".new"  # ends the name of a file that takes its place once the manifest names its checksum
 
 
 def save_reduced(reduced: ReducedViT, folder: str | Path, *, include_model: bool = True) -> None:
-    """Write a reduced model into a folder, each file whole or not at all.
+    """Write a reduced model into a folder; a save that is cut off leaves an older one as it was.
 
     Args:
         include_model: also write the host's weights; False writes the method alone.
+
+    Raises:
+        EvoViTError: the folder cannot be written.
     """
-    folder = Path(folder)
+    folder, config = Path(folder), reduced.method.current_config()
     if folder.exists() and not folder.is_dir():
         raise EvoViTError(f"{str(folder)!r} is a file; give a folder to save into.")
-    config = reduced.method.current_config()
-    content = {
-        "evovit": version("evovit"),
-        "host": f"{type(reduced.model).__module__}.{type(reduced.model).__qualname__}",
-        "method": name_of(reduced.method),
-        "options": {name: getattr(config, name) for name in config.__dataclass_fields__},
-        "includes_model": include_model,
-    }
-    states = {"method.safetensors": reduced.method.state_dict()}
+    states = {METHOD: reduced.method.state_dict()}
     if include_model:
-        states["model.safetensors"] = reduced.model.state_dict()
-    for name, state in states.items():
-        tensors = {key: value.detach().clone().contiguous() for key, value in state.items()}
-        write_atomically(folder / name, partial(save_file, tensors))
-    text = json.dumps(content, indent=2, sort_keys=True)
-    write_text(folder / "method.json", text)
+        states[MODEL] = reduced.model.state_dict()
+    try:
+        for name, state in states.items():
+            tensors = {key: value.detach().clone().contiguous() for key, value in state.items()}
+            write_atomically(folder / f"{name}{NEW}", partial(save_file, tensors))
+        content = {
+            "evovit": version("evovit"),
+            "host": f"{type(reduced.model).__module__}.{type(reduced.model).__qualname__}",
+            "method": name_of(reduced.method),
+            "options": {name: getattr(config, name) for name in config.__dataclass_fields__},
+            "includes_model": include_model,
+            "files": {name: hash_file(folder / f"{name}{NEW}") for name in states},
+        }
+        write_text(folder / MANIFEST, json.dumps(content, indent=2, sort_keys=True))
+        for name in states:
+            (folder / f"{name}{NEW}").replace(folder / name)
+        if not include_model:
+            (folder / MODEL).unlink(missing_ok=True)  # of an older save
+    except OSError as error:
+        raise EvoViTError(
+            f"{str(folder)!r} cannot be written ({error.strerror}); what was saved there before is whole."
+        ) from error
 
 
 def load_reduced(folder: str | Path, model: nn.Module) -> ReducedViT:
-    """Read what `save_reduced` wrote onto a host of the same class and size; saved weights are loaded."""
+    """Read what `save_reduced` wrote onto a host of the same class and size; saved weights are loaded.
+
+    Raises:
+        EvoViTError: a folder that is damaged or does not fit; the host is then as it was.
+    """
     folder = Path(folder)
-    path = folder / "method.json"
-    if not path.is_file():
-        raise EvoViTError(f"There is no {str(path)!r}; give a folder written by save_reduced.")
-    try:
-        content = json.loads(path.read_text())
-        name, options, includes_model = content["method"], content["options"], content["includes_model"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise EvoViTError(f"{str(path)!r} is damaged or not written by evovit: {error}") from error
-    if includes_model:
-        _load(model, read_state_dict(folder / "model.safetensors"), f"the host {type(model).__name__}")
-    reduced = reduce_tokens(model, build_config(find_method(name), options))
-    _load(reduced.method, read_state_dict(folder / "method.safetensors"), f"the method {name}")
+    content = _read_manifest(folder / MANIFEST)
+    own = _read_state(folder, METHOD, content)
+    saved = _read_state(folder, MODEL, content) if content["includes_model"] else None
+    if saved is not None:
+        check_fit(model, saved, f"The saved host in {str(folder)!r}", f"this {type(model).__name__}")
+    reduced = reduce_tokens(model, build_config(find_method(content["method"]), content["options"]))
+    check_fit(reduced.method, own, f"The saved method in {str(folder)!r}", content["method"])
+    reduced.method.load_state_dict(own)
+    if saved is not None:
+        model.load_state_dict(saved)
     return reduced
 
 
-def _load(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise EvoViTError(f"There is no {str(path)!r}; give a folder written by save_reduced.")
     try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise EvoViTError(
-            f"The saved weights do not fit {what}; create it as it was saved: {error}"
-        ) from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+        kinds = {"method": str, "options": dict, "includes_model": bool}
+        wrong = [key for key, kind in kinds.items() if not isinstance(content[key], kind)]
+        if wrong or not isinstance(content.setdefault("files", {}), Mapping):
+            raise ValueError(f"{', '.join(wrong) or 'files'} is not what save_reduced writes")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        told = f"it lacks {error}" if isinstance(error, KeyError) else in_one_line(error)
+        raise EvoViTError(f"{str(path)!r} is damaged or not written by evovit: {told}.") from error
+    return content  # type: ignore[no-any-return]
+
+
+def _read_state(folder: Path, name: str, content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of the file whose checksum the manifest tells, in its place or still new."""
+    told = content["files"].get(name)
+    places = [folder / f"{name}{NEW}", folder / name]
+    found = [path for path in places if path.is_file() and told and hash_file(path) == told]
+    if told and not found:
+        raise EvoViTError(f"{str(folder / name)!r} is missing, cut off or changed; save the model again.")
+    return read_state_dict(found[0] if found else folder / name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import secrets
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from evovit.errors import EvoViTError, in_one_line
 
@@ -114,6 +115,25 @@ def plain_state_dict(content: Any, what: str) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise EvoViTError(f"{what} holds no state dict (tensors by name, or such under 'model').")
     return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_fit(module: nn.Module, state: Mapping[str, Tensor], what: str, where: str = "the network") -> None:
+    """Raise `EvoViTError`, saying why, unless a state dict has the names and shapes of a module."""
+    own = module.state_dict()
+    lacking, surplus = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    other = [key for key, value in state.items() if key in own and own[key].shape != value.shape]
+    wrong = [f"missing {', '.join(lacking[:3])}"] if lacking else []
+    wrong += [f"unknown {', '.join(surplus[:3])}"] if surplus else []
+    if other:
+        wrong.append(f"{other[0]} is {tuple(state[other[0]].shape)}, needed {tuple(own[other[0]].shape)}")
+    if wrong:
+        raise EvoViTError(f"{what} does not fit {where}: {'; '.join(wrong)}.")
 
 
 def make_folder(path: Path) -> None:

@@ -19,7 +19,7 @@ from evovit.methods import DENSE
 from evovit.model import ReducedViT, backbone_of, reduce_tokens
 from evovit.recipe.reading import read_recipe
 from evovit.recipe.tables import Recipe
-from evovit.runtime.files import read_state_dict
+from evovit.runtime.files import check_fit, read_state_dict
 from evovit.runtime.seeds import seed_for
 from evovit.train.objective import Objective
 from evovit.train.optimizers import build_optimizers
@@ -141,18 +141,7 @@ def build_objective(recipe: Recipe, model: nn.Module, num_classes: int, *, weigh
 
 def fit(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
     """Load a state dict or say in a sentence why it does not fit."""
-    own = module.state_dict()
-    lacking, surplus = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    other = [key for key, value in state.items() if key in own and own[key].shape != value.shape]
-    wrong = []
-    if lacking:
-        wrong.append(f"missing {', '.join(lacking[:3])}")
-    if surplus:
-        wrong.append(f"unknown {', '.join(surplus[:3])}")
-    if other:
-        wrong.append(f"{other[0]} is {tuple(state[other[0]].shape)}, needed {tuple(own[other[0]].shape)}")
-    if wrong:
-        raise EvoViTError(f"{what} does not fit the network: {'; '.join(wrong)}.")
+    check_fit(module, state, what)
     module.load_state_dict(state)
 
 

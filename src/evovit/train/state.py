@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from evovit.errors import EvoViTError
-from evovit.runtime.files import write_atomically, write_text
+from evovit.runtime.files import hash_file, write_atomically, write_text
 
 FOLDER = "checkpoints"
 BEST = "best-"
@@ -37,7 +37,7 @@ def write_checkpoint(folder: Path, name: str, checkpoint: Checkpoint) -> None:
     tensors = {key: value.detach().cpu().contiguous() for key, value in checkpoint.tensors.items()}
     try:
         write_atomically(folder / f"{name}.safetensors", partial(save_file, tensors))
-        content = {"plain": checkpoint.plain, "tensors": _hash_file(folder / f"{name}.safetensors")}
+        content = {"plain": checkpoint.plain, "tensors": hash_file(folder / f"{name}.safetensors")}
         text = json.dumps({**content, "self": _hash(content)}, indent=1)
         write_text(folder / f"{name}.json", text)
     except (OSError, SafetensorError) as error:
@@ -66,7 +66,7 @@ def read_checkpoint(folder: Path, name: str) -> Checkpoint:
     path = folder / f"{name}.safetensors"
     try:
         content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        if content.pop("self") != _hash(content) or content["tensors"] != _hash_file(path):
+        if content.pop("self") != _hash(content) or content["tensors"] != hash_file(path):
             raise ValueError("its checksum is wrong")
         if not isinstance(content["plain"], dict):
             raise TypeError("its state is no table")
@@ -161,11 +161,6 @@ def restore_optimizers(
 
 def _hash(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _reason(error: Exception) -> str:
