@@ -22,7 +22,7 @@ from evovit.model import ReducedViT, reduce_tokens
 from evovit.runtime.files import check_fit, hash_file, read_state_dict, write_atomically, write_text
 
 MANIFEST, METHOD, MODEL = "method.json", "method.safetensors", "model.safetensors"
-NEW = ".new"  # ends the name of a file that takes its place once the manifest names its checksum
+NEW = "new."  # begins the name of a file that takes its place once the manifest tells its checksum
 
 
 def save_reduced(reduced: ReducedViT, folder: str | Path, *, include_model: bool = True) -> None:
@@ -43,18 +43,18 @@ def save_reduced(reduced: ReducedViT, folder: str | Path, *, include_model: bool
     try:
         for name, state in states.items():
             tensors = {key: value.detach().clone().contiguous() for key, value in state.items()}
-            write_atomically(folder / f"{name}{NEW}", partial(save_file, tensors))
+            write_atomically(folder / f"{NEW}{name}", partial(save_file, tensors))
         content = {
             "evovit": version("evovit"),
             "host": f"{type(reduced.model).__module__}.{type(reduced.model).__qualname__}",
             "method": name_of(reduced.method),
             "options": {name: getattr(config, name) for name in config.__dataclass_fields__},
             "includes_model": include_model,
-            "files": {name: hash_file(folder / f"{name}{NEW}") for name in states},
+            "files": {name: hash_file(folder / f"{NEW}{name}") for name in states},
         }
         write_text(folder / MANIFEST, json.dumps(content, indent=2, sort_keys=True))
         for name in states:
-            (folder / f"{name}{NEW}").replace(folder / name)
+            (folder / f"{NEW}{name}").replace(folder / name)
         if not include_model:
             (folder / MODEL).unlink(missing_ok=True)  # of an older save
     except OSError as error:
@@ -101,7 +101,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _read_state(folder: Path, name: str, content: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the tensors of the file whose checksum the manifest tells, in its place or still new."""
     told = content["files"].get(name)
-    places = [folder / f"{name}{NEW}", folder / name]
+    places = [folder / f"{NEW}{name}", folder / name]
     found = [path for path in places if path.is_file() and told and hash_file(path) == told]
     if told and not found:
         raise EvoViTError(f"{str(folder / name)!r} is missing, cut off or changed; save the model again.")
