@@ -44,12 +44,12 @@ def test_a_mask_of_ones_in_place_of_fused_attention_changes_nothing(host: str) -
 
 
 @pytest.mark.parametrize("host", [*HOSTS, "levit"])
-def test_a_glance_and_a_focus_are_rows_of_the_whole_attention_input(host: str) -> None:
+def test_scoring_qkv_and_qkv_of_rows_are_rows_of_the_whole_attention_input(host: str) -> None:
     """Keys of all, queries of the prefix; then everything of the chosen rows: on every kind of block."""
     backbone, tokens = second_block(host)
     with torch.no_grad():
         block = backbone.stages()[0].blocks[1]
-        whole, seen = block.qkv(tokens), block.glance(tokens)
+        whole, seen = block.qkv(tokens), block.scoring_qkv(tokens)
         prefix = tokens.num_prefix
         assert_close(seen.k, whole.k)
         if prefix:
@@ -57,12 +57,12 @@ def test_a_glance_and_a_focus_are_rows_of_the_whole_attention_input(host: str) -
         patches = torch.tensor([[0, 3, 7, 11], [1, 2, 14, 15]])
         rows = with_prefix(patches, prefix)
         active = tokens.change(x=take(tokens.x, rows), index=tokens.index.gather(1, patches))
-        expected, ours = take_qkv(whole, rows), block.focus(active, seen, rows)
+        expected, ours = take_qkv(whole, rows), block.qkv_of_rows(active, seen, rows)
     for name in ("q", "k", "v"):
         assert_close(getattr(ours, name), getattr(expected, name))
-    assert (ours.side is None) == (expected.side is None)
-    if ours.side is not None:
-        assert_close(ours.side, expected.side)
+    assert (ours.extra is None) == (expected.extra is None)
+    if ours.extra is not None:
+        assert_close(ours.extra, expected.extra)
 
 
 def test_attention_dropout_has_no_place_in_a_method_that_mixes_itself() -> None:

@@ -232,17 +232,17 @@ def test_idle_tokens_keep_their_bits_and_may_return() -> None:
     assert returned > 0
 
 
-def test_rows_of_qkv_keep_their_own_bias_and_side() -> None:
+def test_rows_of_qkv_keep_their_own_bias_and_extra() -> None:
     """Hosts with a position bias: row and column of each pair move together."""
     q, k, v = torch.randn(3, 2, 3, 7, 4)
-    qkv = QKV(q, k, v, 0.5, bias=torch.randn(1, 3, 7, 7), side=torch.randn(2, 7, 6))
+    qkv = QKV(q, k, v, 0.5, bias=torch.randn(1, 3, 7, 7), extra=torch.randn(2, 7, 6))
     rows = torch.tensor([[0, 2, 5], [0, 1, 6]])
     some = take_qkv(qkv, rows)
     for image in range(2):
         for i, a in enumerate(rows[image].tolist()):
             assert torch.equal(some.q[image, :, i], q[image, :, a])
             assert torch.equal(some.v[image, :, i], v[image, :, a])
-            assert torch.equal(some.side[image, i], qkv.side[image, a])
+            assert torch.equal(some.extra[image, i], qkv.extra[image, a])
             for j, b in enumerate(rows[image].tolist()):
                 assert torch.equal(some.bias[image, :, i, j], qkv.bias[0, :, a, b])
 

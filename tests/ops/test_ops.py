@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from evovit.ops.score import attention_column_mean, class_attention, evolve, random_score
+from evovit.ops.score import attention_column_mean, class_attention, random_score, running_score
 from evovit.ops.select import best_by_count, best_by_threshold, put, split_top, take, unique_keys, with_prefix
 from evovit.ops.update import representative
 from evovit.tokens import QKV
@@ -42,10 +42,10 @@ def test_scores_are_float32_for_every_precision() -> None:
         assert class_attention(qkv, 1).dtype == torch.float32
 
 
-def test_evolve_weighs_the_old_score_with_the_trade_off() -> None:
+def test_the_running_score_weighs_the_old_score_with_the_trade_off() -> None:
     old, new = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
-    assert torch.allclose(evolve(old, new, 0.75), torch.tensor([[0.75, 0.5]]))
-    assert torch.equal(evolve(None, new, 0.75), new)
+    assert torch.allclose(running_score(old, new, 0.75), torch.tensor([[0.75, 0.5]]))
+    assert torch.equal(running_score(None, new, 0.75), new)
 
 
 def test_random_score_is_fixed_by_position_and_salt() -> None:

@@ -45,19 +45,19 @@ class Block(ABC):
     def ffn(self, tokens: Tokens) -> Tokens:
         """Return tokens + feed-forward branch."""
 
-    def glance(self, tokens: Tokens) -> QKV:
+    def scoring_qkv(self, tokens: Tokens) -> QKV:
         """Return enough to choose rows by: queries of the prefix at least, keys of all; default: `qkv`."""
         return self.qkv(tokens)
 
-    def focus(self, active: Tokens, glanced: QKV, rows: Tensor) -> QKV:
+    def qkv_of_rows(self, active: Tokens, scored: QKV, rows: Tensor) -> QKV:
         """Return what attention sees of the chosen rows alone.
 
         Args:
             active: the chosen tokens, P + K of them.
-            glanced: `glance` of all tokens.
+            scored: `scoring_qkv` of all tokens.
             rows: (B, P + K) int64, where they stood among all.
         """
-        return take_qkv(glanced, rows)
+        return take_qkv(scored, rows)
 
     @final
     def attend(self, tokens: Tokens, bias: Tensor | None = None) -> tuple[Tokens, QKV]:

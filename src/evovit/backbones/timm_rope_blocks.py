@@ -74,7 +74,7 @@ def rope_qkv(attn: Any, x: Tensor, tokens: Tokens, table: Tensor | None) -> QKV:
     groups = attn.num_heads // k.shape[1]
     if groups > 1:  # grouped queries: K < H heads of keys and values
         k, v = (y.repeat_interleave(groups, dim=1) for y in (k, v))
-    return QKV(q, k, v, attn.scale, side=output_gate(attn, x))
+    return QKV(q, k, v, attn.scale, extra=output_gate(attn, x))
 
 
 class EvaBlock(Block):

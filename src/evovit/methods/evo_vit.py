@@ -17,7 +17,7 @@ from evovit.errors import EvoViTError, check_choice, check_count
 from evovit.methods import register
 from evovit.methods.base import ClassTokenHead, Method, require_class_token
 from evovit.ops.score import attention_column_mean, class_attention, random_score
-from evovit.ops.slow_fast import Waiting, part, rejoin, score_awake
+from evovit.ops.slow_fast import Waiting, bring_back, score_awake, set_aside
 from evovit.options import Count, Ratio, Share, option
 from evovit.schedule import KeepSchedule, per_block
 from evovit.tokens import QKV, Tokens
@@ -115,7 +115,7 @@ class EvoViT(Method):
         score = tokens.carry.score
         if self.config.selection == "random":
             score = random_score(tokens.index, None if self.training else number)
-        return part(tokens, score, keep, self.config.fast_update)
+        return set_aside(tokens, score, keep, self.config.fast_update)
 
     def rate(self, tokens: Tokens, qkv: QKV, number: int) -> Tokens:
         """Evolve the score of the tokens that took part (eq. 4), if a later selection reads it."""
@@ -131,7 +131,7 @@ class EvoViT(Method):
         state = tokens.carry
         if state.split is None or not self.config.preserve:
             return tokens.change(carry=Waiting(state.score if state.split is None else state.awake))
-        return rejoin(tokens)
+        return bring_back(tokens)
 
     def finish(self, tokens: Tokens) -> Tokens:
         if self.config.rejoin_last or tokens.carry.split is None:

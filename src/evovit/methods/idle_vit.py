@@ -98,7 +98,7 @@ class IdleViT(Method):
             return block(tokens)
         cut = self.training and self.config.cut_weight > 0
         whole = cut or self.config.selection != "class"  # the cut and the column mean read every query
-        seen = block.qkv(tokens) if whole else block.glance(tokens)
+        seen = block.qkv(tokens) if whole else block.scoring_qkv(tokens)
         split = split_top(SCORES[self.config.selection](seen, tokens.num_prefix), keep)
         rows = with_prefix(split.rows, tokens.num_prefix)
         cuts = tokens.carry.cuts if tokens.carry else ()
@@ -106,7 +106,7 @@ class IdleViT(Method):
             cuts = (*cuts, self.token_cut(seen, split.kept, tokens.num_prefix))
         state = Idle(rows, tokens.x, tokens.index, cuts)
         active = tokens.change(x=take(tokens.x, rows), index=tokens.index.gather(1, split.rows), carry=state)
-        qkv = take_qkv(seen, rows) if whole else block.focus(active, seen, rows)
+        qkv = take_qkv(seen, rows) if whole else block.qkv_of_rows(active, seen, rows)
         return block.ffn(block.attention(active, qkv))
 
     def finish(self, tokens: Tokens) -> Tokens:

@@ -91,7 +91,7 @@ def take_qkv(qkv: QKV, rows: Tensor) -> QKV:
         bias = bias.expand(rows.shape[0], -1, -1, -1)
         bias = take_heads(bias, rows)
         bias = bias.gather(3, rows[:, None, None, :].expand(-1, bias.shape[1], rows.shape[1], -1))
-    return QKV(q, k, v, qkv.scale, bias, None if qkv.side is None else take(qkv.side, rows))
+    return QKV(q, k, v, qkv.scale, bias, None if qkv.extra is None else take(qkv.extra, rows))
 
 
 def even_rows(index: Tensor, keep: int) -> Tensor:
