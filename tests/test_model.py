@@ -111,6 +111,13 @@ def test_a_method_name_is_used_once() -> None:
         register("evo_vit")(type("Other", (Method,), {}))
 
 
+def test_a_printed_model_shows_the_options_in_force() -> None:
+    reduced = evovit.reduce_tokens(make_host("vit"), "evo_vit", keep_ratio=0.25, **SMALL)
+    reduced.method.mode = "layer"
+    text = repr(reduced)
+    assert "keep_ratio=0.25" in text and "stage_length=2" in text and "mode='layer'" in text
+
+
 def test_two_models_in_one_process_do_not_share_state() -> None:
     one, two = (
         evovit.reduce_tokens(make_host("vit"), "evo_vit", keep_ratio=r, **SMALL) for r in (0.25, 0.75)

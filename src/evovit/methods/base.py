@@ -53,6 +53,11 @@ class Method(nn.Module, ABC):
         self.class_head: ClassTokenHead | None = None
         self.full_schedule: KeepSchedule | None = None  # `schedule` as first given, once `set_reduction` ran
 
+    def extra_repr(self) -> str:
+        """Return the options in force."""
+        config = self.current_config()
+        return ", ".join(f"{name}={getattr(config, name)!r}" for name in config.__dataclass_fields__)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in getattr(self.Config, "__dataclass_fields__", {}) and not hasattr(type(self), name):
             raise EvoViTError(

@@ -20,7 +20,7 @@ from evovit.errors import EvoViTError, check_count
 from evovit.methods import register
 from evovit.methods.base import Method, check_blocks, require_class_token
 from evovit.ops.score import attention_column_mean, class_attention
-from evovit.ops.select import split_top, take, with_prefix
+from evovit.ops.select import keep_rows, split_top
 from evovit.ops.update import weighted_sum
 from evovit.options import Count, Number, Ratio, Share, option
 from evovit.schedule import KeepSchedule, per_block
@@ -107,12 +107,11 @@ class EViT(Method):
             score: (B, N) class attention; it weighs the fused token as it stands, as in the official code.
         """
         split = split_top(score, keep)
-        x = take(tokens.x, with_prefix(split.rows, tokens.num_prefix))
-        index = tokens.index.gather(1, split.rows)
-        if self.config.fuse:
-            x = torch.cat((x, weighted_sum(tokens.patches, score, split.kept)), dim=1)
-            index = nn.functional.pad(index, (0, 1), value=-1)
-        return tokens.change(x=x, index=index)
+        kept = keep_rows(tokens, split.rows)
+        if not self.config.fuse:
+            return kept
+        x = torch.cat((kept.x, weighted_sum(tokens.patches, score, split.kept)), dim=1)
+        return kept.change(x=x, index=nn.functional.pad(kept.index, (0, 1), value=-1))
 
     def set_progress(self, fraction: float) -> None:
         if self.config.shrink is not None:

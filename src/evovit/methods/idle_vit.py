@@ -19,7 +19,7 @@ from evovit.methods import register
 from evovit.methods.base import Method, require_class_token
 from evovit.ops.distance import feature_distance, head_mean_attention, logit_divergence, token_cut
 from evovit.ops.score import attention_column_mean, class_logit_mean
-from evovit.ops.select import put, split_top, take, take_qkv, with_prefix
+from evovit.ops.select import keep_rows, put, split_top, take, take_qkv, with_prefix
 from evovit.options import Count, Number, Ratio, Weight, option
 from evovit.schedule import KeepSchedule, per_block
 from evovit.tokens import QKV, Tokens
@@ -104,8 +104,8 @@ class IdleViT(Method):
         cuts = tokens.carry.cuts if tokens.carry else ()
         if cut:
             cuts = (*cuts, self.token_cut(seen, split.kept, tokens.num_prefix))
-        state = Idle(rows, tokens.x, tokens.index, cuts)
-        active = tokens.change(x=take(tokens.x, rows), index=tokens.index.gather(1, split.rows), carry=state)
+        active = keep_rows(tokens, split.rows, rows)
+        active = active.change(carry=Idle(rows, tokens.x, tokens.index, cuts))
         qkv = take_qkv(seen, rows) if whole else block.qkv_of_rows(active, seen, rows)
         return block.ffn(block.attention(active, qkv))
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from evovit.tokens import QKV
+from evovit.tokens import QKV, Tokens
 
 COUNTED = 1024  # up to so many tokens a GPU counts who is ahead: N^2 comparisons; not timed yet
 
@@ -76,6 +76,19 @@ def with_prefix(rows: Tensor, num_prefix: int) -> Tensor:
     """Return rows of the whole tensor, (B, P + K): the P prefix rows, then patch rows (B, K) shifted by P."""
     prefix = torch.arange(num_prefix, device=rows.device).expand(rows.shape[0], num_prefix)
     return torch.cat((prefix, rows + num_prefix), dim=1)
+
+
+def keep_rows(tokens: Tokens, rows: Tensor, among_all: Tensor | None = None) -> Tokens:
+    """Return the prefix and the patch tokens `rows` (B, K) alone; each keeps its place, size and mask.
+
+    Args:
+        among_all: `with_prefix` of the rows, where it is at hand.
+    """
+    among_all = with_prefix(rows, tokens.num_prefix) if among_all is None else among_all
+    index, size, mask = (
+        None if each is None else each.gather(1, rows) for each in (tokens.index, tokens.size, tokens.mask)
+    )
+    return tokens.change(x=take(tokens.x, among_all), index=index, size=size, mask=mask)
 
 
 def take_heads(x: Tensor, rows: Tensor) -> Tensor:

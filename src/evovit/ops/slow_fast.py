@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evovit.ops.score import running_score
-from evovit.ops.select import Split, put, split_top, take, with_prefix
+from evovit.ops.select import Split, keep_rows, put, split_top, with_prefix
 from evovit.ops.update import representative
 from evovit.tokens import Tokens
 
@@ -39,12 +39,12 @@ def set_aside(tokens: Tokens, score: Tensor, keep: int, summarise: bool) -> Toke
     """
     split = split_top(score, keep)
     rows = with_prefix(split.rows, tokens.num_prefix)
-    x, index, summary = take(tokens.x, rows), tokens.index.gather(1, split.rows), None
+    active, summary = keep_rows(tokens, split.rows, rows), None
     if summarise:
-        x = torch.cat((x, representative(tokens.patches, score, split.kept)), 1)
-        summary, index = x[:, -1:], F.pad(index, (0, 1), value=-1)
+        x = torch.cat((active.x, representative(tokens.patches, score, split.kept)), 1)
+        summary, active = x[:, -1:], active.change(x=x, index=F.pad(active.index, (0, 1), value=-1))
     awake = score.gather(1, split.rows)
-    return tokens.change(x=x, index=index, carry=Waiting(score, split, rows, awake, tokens, summary))
+    return active.change(carry=Waiting(score, split, rows, awake, tokens, summary))
 
 
 def score_awake(tokens: Tokens, new: Tensor, trade_off: float | Tensor) -> Tokens:
