@@ -155,14 +155,54 @@ def test_exports_with_a_dynamic_batch(method: str, options: dict[str, Any], host
             assert torch.allclose(program(images), reduced(images), rtol=1e-4, atol=1e-5)
 
 
+def owning_modules(name: str) -> dict[str, Any]:
+    """Return a method's example with the options under which it owns modules, where there are such."""
+    own = {"assisted_head": True, "kind": "conv"}
+    cls = find_method(name)
+    return cls.example | {option: value for option, value in own.items() if hasattr(cls.Config, option)}
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("method", "host"), PAIRS)
-def test_half_precision_stays_finite(method: str, host: str) -> None:
-    reduced = wrap(make_host(host).bfloat16(), method, find_method(method).example)
-    reduced.method.bfloat16()
+def test_half_precision_stays_finite(method: str, host: str, kind: torch.dtype) -> None:
+    options = owning_modules(method) if getattr(make_host(host), "cls_token", None) is not None else {}
+    reduced = wrap(make_host(host).to(kind), method, find_method(method).example | options)
     with torch.no_grad():
-        logits = reduced(pictures().bfloat16())
-    assert logits.dtype == torch.bfloat16
-    assert torch.isfinite(logits).all()
+        outputs = reduced.run(pictures().to(kind))
+    for logits in (outputs.logits, *outputs.extra_logits.values()):
+        assert logits.dtype == kind
+        assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_wrapped_model_may_be_cast(method: str) -> None:
+    for kind in (torch.bfloat16, torch.float16, torch.float64):
+        reduced = wrap(make_host("vit"), method, owning_modules(method)).to(kind)
+        expected = wrap(make_host("vit").to(kind), method, owning_modules(method))
+        expected.method.load_state_dict(reduced.method.state_dict())
+        with torch.no_grad():
+            assert torch.equal(reduced(pictures().to(kind)), expected(pictures().to(kind)))
+
+
+@pytest.mark.parametrize(("method", "host"), PAIRS)
+def test_double_precision_is_the_hosts(method: str, host: str) -> None:
+    """With everything kept to its last digits; a step of training changes method and host in it."""
+    model, images, cls = make_host(host).double(), pictures().double(), find_method(method)
+    with torch.no_grad():
+        expected = model(images)
+        error = (wrap(model, method, cls.example | cls.keep_all)(images) - expected).abs().max()
+        assert error <= 1e-13 * expected.abs().max()
+    reduced = wrap(model, method, cls.example).train()
+    optimizer = torch.optim.SGD(reduced.parameters(), 1e-3)
+    first = reduced.run(images)
+    assert first.logits.dtype == torch.float64
+    loss = first.logits.square().mean()
+    if reduced.method.learns_from_teacher:
+        taught = Objective(reduced, ObjectiveTable(teacher="given"), make_host(host).double()).teach(images)
+        loss = loss + sum(reduced.method.losses(first, taught).values())
+    loss.backward()
+    optimizer.step()
+    assert all(p.dtype == torch.float64 and p.isfinite().all() for p in reduced.parameters())
 
 
 @pytest.mark.parametrize(("method", "options"), ON_VIT, ids=IDS)

@@ -118,6 +118,28 @@ def test_a_printed_model_shows_the_options_in_force() -> None:
     assert "keep_ratio=0.25" in text and "stage_length=2" in text and "mode='layer'" in text
 
 
+def test_wrapping_leaves_every_modules_own_mode() -> None:
+    host = make_host("vit_avg").train()
+    frozen = (host.patch_embed, *host.blocks[:2])
+    for part in frozen:
+        part.eval()
+    flags = {name: module.training for name, module in host.named_modules()}
+    reduced = evovit.reduce_tokens(host, "evo_vit", assisted_head=True, **SMALL)
+    assert {name: module.training for name, module in host.named_modules()} == flags
+    assert reduced.training and all(module.training for module in reduced.method.modules())
+    reduced = evovit.reduce_tokens(host.eval(), "evo_vit", assisted_head=True, **SMALL)
+    assert not any(module.training for module in reduced.modules())
+
+
+def test_counting_leaves_modes_and_no_cache_of_evaluation() -> None:
+    host = timm.create_model("levit_128s", img_size=64, num_classes=5).eval()
+    host.stages[1].train()
+    flags = [module.training for module in host.modules()]
+    evovit.gmacs(host, (3, 64, 64))
+    assert [module.training for module in host.modules()] == flags
+    assert not any(stage.blocks[0].attn.attention_bias_cache for stage in host.stages)
+
+
 def test_two_models_in_one_process_do_not_share_state() -> None:
     one, two = (
         evovit.reduce_tokens(make_host("vit"), "evo_vit", keep_ratio=r, **SMALL) for r in (0.25, 0.75)

@@ -29,6 +29,8 @@ class ReducedViT(nn.Module):
     def __init__(self, model: nn.Module, method: Method) -> None:
         super().__init__()
         self.model, self.method = model, method
+        self.training = model.training  # each module of the host keeps its own mode
+        method.train(model.training)
         self.grad_checkpointing = False
 
     def forward(self, images: Tensor) -> Tensor:
@@ -188,6 +190,5 @@ def reduce_tokens(
     backbone = adapt(model)
     if verify:
         check_adapter(model)
-    reduced = ReducedViT(model, cls(config, backbone.spec))
-    reduced.method.to(next(model.parameters()).device)
-    return reduced.train(model.training)
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    return ReducedViT(model, cls(config, backbone.spec).to(like.device, like.dtype))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -191,6 +192,19 @@ def expect_parts(module: nn.Module, known: Iterable[str], what: str) -> None:
             "not know and would ignore; use a library version evovit was checked with, or extend the adapter "
             "(docs/adding_a_backbone.md)."
         )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode; each gets its own mode back."""
+    training = {id(module) for module in model.modules() if module.training}
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()  # a host that caches weights for evaluation, as LeViT does, lets go of them
+        for module in model.modules():
+            module.training = id(module) in training
 
 
 def raster_tokens(x: Tensor, num_prefix: int, grid: tuple[int, int]) -> Tokens:
