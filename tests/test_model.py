@@ -5,15 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 
 import evovit
+from evovit.backbones import Block, adapt
 from evovit.methods import register
 from evovit.methods.base import Method
 from evovit.methods.evo_vit import EvoViT
+from evovit.methods.subsample import Subsample
+from evovit.tokens import Tokens
 from tests.conftest import make_host, pictures
 
 SMALL = {"start_block": 1, "stage_length": 2}
@@ -74,6 +78,44 @@ def test_a_feature_map_is_refused_where_tokens_are_gone() -> None:
     options = {"preserve": False, "fast_update": False}
     with pytest.raises(evovit.EvoViTError, match="leaves 8 of 16"):
         evovit.reduce_tokens(make_host("vit"), "evo_vit", **SMALL, **options).feature_map(pictures())
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("evit", {"blocks": (1,), "keep": (15,)}), ("sit", {"blocks": (1,), "keep_ratio": 1.0})],
+)
+def test_a_feature_map_is_refused_where_cells_have_no_token_though_the_count_fits(
+    method: str, options: dict[str, Any]
+) -> None:
+    """15 kept and one fused are 16 tokens, as are 16 slots; a fused token or a slot has no place."""
+    reduced = evovit.reduce_tokens(make_host("vit_avg"), method, **options)
+    assert reduced.run(pictures()).tokens.num_patches == 16
+    with pytest.raises(evovit.EvoViTError, match="leaves cells of the 4 x 4 grid without a token"):
+        reduced.feature_map(pictures())
+
+
+def test_a_feature_map_places_tokens_by_their_index() -> None:
+    """On a grid of the first block, and on the coarser one of pooling, whose index is of the finer."""
+
+    class Shuffled(Subsample):
+        def run_block(self, block: Block, tokens: Tokens) -> Tokens:
+            tokens = super().run_block(block, tokens)
+            if block.number < self.config.block:
+                return tokens
+            order = torch.randperm(tokens.num_patches)
+            x = torch.cat((tokens.prefix, tokens.patches[:, order]), dim=1)
+            return tokens.change(x=x, index=tokens.index[:, order])
+
+    host, images = make_host("vit"), pictures()
+    for stride in (1, 2):
+        config = Subsample.Config(block=1, stride=stride)
+        straight, shuffled = (
+            evovit.ReducedViT(host, cls(config, adapt(host).spec)) for cls in (Subsample, Shuffled)
+        )
+        with torch.no_grad():
+            maps = [model.feature_map(images) for model in (straight, shuffled)]
+        assert maps[0].shape == (2, 32, 4 // stride, 4 // stride)
+        assert torch.allclose(*maps, rtol=1e-4, atol=1e-5)
 
 
 def test_any_depth_and_any_resolution() -> None:

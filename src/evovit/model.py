@@ -12,6 +12,7 @@ from evovit.backbones import Backbone, adapt, check_adapter
 from evovit.errors import EvoViTError, check_count
 from evovit.methods import build_config, find_method, find_method_of
 from evovit.methods.base import Method
+from evovit.ops.select import take
 from evovit.tokens import Outputs, Tokens
 
 Prepare = Callable[[Tokens], Tokens]
@@ -96,12 +97,14 @@ class ReducedViT(nn.Module):
         tokens, trace = self.blocks(backbone, images, record=not last)
         tokens = self.method.finish(tokens if last else trace[sum(depths[: stage + 1]) - 1])
         rows, columns = tokens.grid
+        what = f"{type(self.method).__name__} as configured leaves"
+        instead = "a feature map needs a method that keeps the grid (evo_vit with preserve, rejoin_last)."
         if tokens.num_patches != rows * columns:
-            raise EvoViTError(
-                f"{type(self.method).__name__} as configured leaves {tokens.num_patches} of {rows * columns} "
-                "patches; a feature map needs one that keeps the grid (evo_vit with preserve, rejoin_last)."
-            )
-        patches = (backbone.norm(tokens.x) if last else tokens.x)[:, tokens.num_prefix :]
+            raise EvoViTError(f"{what} {tokens.num_patches} of {rows * columns} patches; {instead}")
+        place, order = tokens.index.sort(1)  # after pooling the index is of the finer grid, in the same order
+        if (place[:, :1] < 0).any() or (place[:, 1:] == place[:, :-1]).any():
+            raise EvoViTError(f"{what} cells of the {rows} x {columns} grid without a token; {instead}")
+        patches = take((backbone.norm(tokens.x) if last else tokens.x)[:, tokens.num_prefix :], order)
         return patches.transpose(1, 2).reshape(patches.shape[0], -1, rows, columns)
 
     def get_classifier(self) -> Any:
