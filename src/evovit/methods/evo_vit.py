@@ -6,6 +6,7 @@ take the residuals of a representative token (eq. 5-7). Table 3's rungs and tabl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -55,7 +56,7 @@ class EvoViT(Method):
             True, "representative token, eq. 5 to 7; false: placeholders wait unchanged"
         )
         multiple_of: Annotated[int, Ge(1), Le(256)] = option(
-            1, "rows entering a reduced block are rounded to a multiple (8 suits tensor cores)"
+            1, "rows of a reduced block: its nearest multiple with half of the kept; 8 suits tensor cores"
         )
         selection: Selection = option("global", "class is eq. 3 without history")
         preserve: bool = option(True, "false: placeholders are dropped (table 3, naive selection)")
@@ -73,7 +74,11 @@ class EvoViT(Method):
             require_class_token(spec, f"selection={config.selection!r}", "'column_mean' or 'random'")
         if config.fast_update and not config.preserve:
             raise EvoViTError("fast_update updates the placeholders that preserve=False drops; turn one off.")
+        if config.assisted_head:
+            require_class_token(spec, "assisted_head=True", "assisted_head=False")
         check_count("stage_length", config.stage_length, 1, spec.depth)
+        rows = math.prod(spec.grid) + spec.num_prefix
+        check_count("multiple_of", config.multiple_of, 1, rows, "rows of an unreduced block")
         start, multiple = config.start_block, config.multiple_of
         self.schedule = KeepSchedule.from_block(spec.depth, config.keep_ratio, start, multiple)
         trade_off = per_block(config.trade_off, spec.depth, "trade_off")
