@@ -35,6 +35,7 @@ class Method(nn.Module, ABC):
     keep_all: ClassVar[dict[str, Any]] = {}  # options under which nothing is reduced: the host, exactly
     example: ClassVar[dict[str, Any]] = {}  # options that reduce a host of four blocks
     schedule: KeepSchedule  # of a method that keeps a set share of tokens
+    reduction: float = 1.0  # share in force of what the options say, see `set_reduction`
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Options):
@@ -93,7 +94,11 @@ class Method(nn.Module, ABC):
 
     def current_config(self) -> Any:
         """Return the options under which a fresh method does what this one does now."""
-        return self.config
+        return self.config if self.reduction == 1 else replace(self.config, keep_ratio=self.ratios_now())
+
+    def ratios_now(self) -> tuple[float, ...]:
+        """Return the list that the option `keep_ratio` would be now; default: one per block."""
+        return self.schedule.ratios
 
     def losses(self, outputs: Any, teacher: Any) -> dict[str, Tensor]:
         """Return further terms of the training loss by name, weighted; default: none.
@@ -111,7 +116,7 @@ class Method(nn.Module, ABC):
         """Reduce only this share of what the options say, for late starts and ramps; 0: nothing, 1: all."""
         if "schedule" not in vars(self):
             raise EvoViTError(f"{type(self).__name__} has no keep ratio that could start late or ramp.")
-        self.full_schedule = self.full_schedule or self.schedule
+        self.full_schedule, self.reduction = self.full_schedule or self.schedule, share
         ratios = tuple(1 - share * (1 - ratio) for ratio in self.full_schedule.ratios)
         self.schedule = self.full_schedule if share == 1 else replace(self.full_schedule, ratios=ratios)
 

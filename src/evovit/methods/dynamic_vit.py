@@ -95,6 +95,9 @@ class DynamicViT(Method):
         self.learns_from_teacher = config.logit_weight > 0 or config.token_weight > 0
         self.score_predictor = nn.ModuleList(ScorePredictor(spec.dims[-1]) for _ in config.blocks)
 
+    def ratios_now(self) -> tuple[float, ...]:
+        return tuple(self.schedule.ratios[number] for number in self.config.blocks)
+
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
         if not self.training:
             return block(self.drop(tokens, block.number))

@@ -140,7 +140,7 @@ class EvoLeViT(Method):
         return (-learnt.float()).sigmoid() if self.learns else self.config.trade_off
 
     def current_config(self) -> Any:
-        return replace(self.config, mode=self.mode, learn_trade_off=self.learns)
+        return replace(super().current_config(), mode=self.mode, learn_trade_off=self.learns)
 
     def set_progress(self, fraction: float) -> None:
         if self.config.switch_at is not None:

@@ -145,7 +145,7 @@ class EvoViT(Method):
         return tokens.change(x=tokens.x[:, : tokens.num_prefix + count], index=tokens.index[:, :count])
 
     def current_config(self) -> Any:
-        return replace(self.config, mode=self.mode)
+        return replace(super().current_config(), mode=self.mode)
 
     def set_progress(self, fraction: float) -> None:
         if self.config.switch_at is not None:

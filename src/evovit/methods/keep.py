@@ -49,6 +49,9 @@ class Keep(Method):
         check_blocks(config.blocks, spec.depth)
         self.schedule = KeepSchedule.at_blocks(spec.depth, config.keep_ratio, config.blocks)
 
+    def ratios_now(self) -> tuple[float, ...]:
+        return tuple(self.schedule.ratios[number] for number in self.config.blocks)
+
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
         tokens, qkv = block.attend(tokens)
         keep = self.schedule.count(block.number, tokens.num_cells)
