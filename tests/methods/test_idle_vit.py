@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import timm
 import torch
+import torch.nn.utils.prune
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 import evovit
 from evovit.backbones import adapt
@@ -370,6 +373,46 @@ def test_an_adapted_projection_is_used_whole() -> None:
     with torch.no_grad():
         evaluated = reduced(pictures())
         assert_close(evaluated, reduced.train()(pictures()))  # the cut loss takes the whole matrix
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def _prune(layer: nn.Linear) -> None:
+    torch.nn.utils.prune.l1_unstructured(layer, "weight", amount=0.3)
+
+
+CHANGES: dict[str, Callable[[nn.Linear], Any]] = {
+    "hook": lambda layer: layer.register_forward_hook(lambda module, given, out: 2 * out),
+    "pre-hook": lambda layer: layer.register_forward_pre_hook(lambda module, given: (2 * given[0],)),
+    "parametrised": lambda layer: parametrize.register_parametrization(layer, "weight", Doubled()),
+    "pruned": _prune,
+    "forward": lambda layer: setattr(layer, "forward", lambda x: 2 * F.linear(x, layer.weight, layer.bias)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_projection_is_used_whole(change: str) -> None:
+    """In evaluation as in training, which reads the whole matrix; and it trains on, twice."""
+    host = make_host("vit")
+    for block in host.blocks:
+        CHANGES[change](block.attn.qkv)
+    reduced = evovit.reduce_tokens(host, "idle_vit", start_block=1, keep_ratio=0.6, group_length=1).eval()
+    plain = evovit.reduce_tokens(make_host("vit"), "idle_vit", start_block=1, keep_ratio=0.6, group_length=1)
+    with torch.no_grad():
+        evaluated = reduced(pictures())
+        assert not torch.allclose(evaluated, plain(pictures()))
+        assert_close(evaluated, reduced.train()(pictures()))
+    for weight in (20.0, 0.0):  # with the cut loss, and without it, where training scores as evaluation does
+        reduced = evovit.reduce_tokens(
+            host, "idle_vit", start_block=1, keep_ratio=0.6, group_length=1, cut_weight=weight
+        ).train()
+        for _ in range(2):
+            reduced.zero_grad()
+            reduced(pictures()).square().mean().backward()
+            assert all(p.grad is not None and p.grad.any() for p in reduced.parameters())
 
 
 def test_features_of_the_class_token_need_one() -> None:

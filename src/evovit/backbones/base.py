@@ -166,6 +166,13 @@ def mixed_values(qkv: QKV, bias: Tensor | None, mix: Mix | None, dropout: float)
     return mix(qkv, bias)
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Tell whether a call of the module does more than its class says: hooks, or a forward of its own."""
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    backward = module._backward_pre_hooks or module._backward_hooks
+    return bool(before or after or backward or "forward" in module.__dict__)
+
+
 def expect_class(module: nn.Module, known: Iterable[str], what: str) -> None:
     """Raise `EvoViTError` if the class of `module` is none of those whose forward an adapter re-states."""
     if type(module).__name__ not in known:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evovit.backbones.base import Block, Mix, expect_class, expect_parts, mixed_values
+from evovit.backbones.base import Block, Mix, expect_class, expect_parts, is_hooked, mixed_values
 from evovit.ops.select import take_heads
 from evovit.tokens import QKV, Tokens
 
@@ -82,7 +82,7 @@ class PreNormBlock(Block):
 
     def scoring_qkv(self, tokens: Tokens) -> QKV:
         attn, x = self.block.attn, self.before(tokens.x)
-        if type(attn.qkv) is not nn.Linear:  # adapted or quantised: its rows cannot be used one by one
+        if type(attn.qkv) is not nn.Linear or is_hooked(attn.qkv):  # its rows are not to be had one by one
             return fused_qkv(attn, x)
         q = attn.q_norm(part_of_qkv(attn, x[:, : tokens.num_prefix], 0))
         k = attn.k_norm(part_of_qkv(attn, x, 1))
