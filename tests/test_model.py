@@ -182,6 +182,57 @@ def test_counting_leaves_modes_and_no_cache_of_evaluation() -> None:
     assert not any(stage.blocks[0].attn.attention_bias_cache for stage in host.stages)
 
 
+def test_checkpointing_asked_of_the_host_takes_effect() -> None:
+    for reduced in (
+        evovit.reduce_tokens(make_host("vit"), "evo_vit", **SMALL),
+        evovit.reduce_tokens(timm.create_model("levit_cls_128s", img_size=64), "evo_levit"),
+    ):
+        assert not reduced.grad_checkpointing
+    host, calls = make_host("vit").train(), []
+    host.set_grad_checkpointing()
+    reduced = evovit.reduce_tokens(host, "evo_vit", **SMALL)
+    host.blocks[2].norm1.register_forward_hook(lambda *_: calls.append(1))
+    reduced(pictures()).sum().backward()
+    assert len(calls) == 2  # once more in the backward pass
+
+
+HOOKS = ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("place", ["", "blocks", "blocks.1", "blocks.1.attn", "blocks.1.attn.attn_drop"])
+def test_a_hook_that_would_never_run_is_refused(place: str, hook: str) -> None:
+    host = make_host("vit")
+    handle = getattr(host.get_submodule(place), hook)(lambda *_: None)
+    named = place.replace(".", "[.]") or "The host itself"
+    with pytest.raises(evovit.EvoViTError, match=f"{named} has a hook .*run.images, record=True") as refusal:
+        evovit.reduce_tokens(host, "evo_vit", verify=False, **SMALL)
+    assert str(refusal.value).count(". ") == 0
+    handle.remove()
+    evovit.reduce_tokens(host, "evo_vit", **SMALL)
+
+
+def test_a_forward_of_a_modules_own_that_would_never_run_is_refused() -> None:
+    host = timm.create_model("levit_128s", img_size=64)
+    block = host.stages[0].blocks[1]
+    block.forward = block.forward
+    with pytest.raises(
+        evovit.EvoViTError, match="stages[.]0[.]blocks[.]1 has a hook or a forward of its own"
+    ):
+        evovit.reduce_tokens(host, "idle_vit", selection="column_mean")
+
+
+@pytest.mark.parametrize("place", ["patch_embed", "blocks.1.norm1", "blocks.1.attn.qkv", "blocks.1.mlp"])
+def test_hooks_on_inner_layers_run(place: str) -> None:
+    host, calls = make_host("vit"), []
+    host.get_submodule(place).register_forward_hook(lambda *_: calls.append(1))
+    for method, options in (("evo_vit", SMALL), ("idle_vit", {"start_block": 1})):
+        reduced = evovit.reduce_tokens(host, method, **options)
+        calls.clear()
+        reduced(pictures())
+        assert calls
+
+
 def test_two_models_in_one_process_do_not_share_state() -> None:
     one, two = (
         evovit.reduce_tokens(make_host("vit"), "evo_vit", keep_ratio=r, **SMALL) for r in (0.25, 0.75)

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+from torch import Tensor, nn
 
 import evovit
 from evovit.backbones import Backbone, adapt
@@ -63,6 +64,35 @@ def test_scoring_qkv_and_qkv_of_rows_are_rows_of_the_whole_attention_input(host:
     assert (ours.extra is None) == (expected.extra is None)
     if ours.extra is not None:
         assert_close(ours.extra, expected.extra)
+
+
+def called(model: nn.Module, host: nn.Module, images: Tensor) -> set[str]:
+    """Return the names of the host's modules that a forward of `model` calls."""
+    seen, hooks = set[str](), []
+    for name, module in host.named_modules():
+        hooks.append(module.register_forward_hook(lambda *_, name=name: seen.add(name)))
+    with torch.no_grad():
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("name", [*HOSTS, "levit", "levit_cls"])
+def test_an_adapter_names_every_module_that_is_never_called(name: str) -> None:
+    if name in HOSTS:
+        host, images = make_host(name), pictures()
+    else:
+        entry = {"levit": "levit_128s", "levit_cls": "levit_cls_128s"}[name]
+        host, images = timm.create_model(entry, img_size=64, num_classes=5).eval(), pictures(size=64)
+    for module in host.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # calls the dropout of the weights
+    names = {id(module): name for name, module in host.named_modules()}
+    bypassed = {names[id(module)] for module in adapt(host).bypassed()}
+    ours = called(evovit.reduce_tokens(host, "dense"), host, images)
+    assert called(host, host, images) - ours <= bypassed
+    assert not bypassed & ours
 
 
 def test_attention_dropout_has_no_place_in_a_method_that_mixes_itself() -> None:

@@ -143,6 +143,19 @@ class Backbone(ABC):
         """Return the normed features (B, P + N, C) of the host's own forward: the truth to compare with."""
 
     @abstractmethod
+    def bypassed(self) -> Iterator[nn.Module]:
+        """Return the modules whose forward is never called, as the views call what is inside them.
+
+        The host is one, its blocks and their attentions are.
+        """
+
+    @final
+    def expect_unsharded(self) -> None:
+        """Raise `EvoViTError` where a module that is never called is sharded."""
+        for module in self.bypassed():
+            expect_unsharded(module, f"The host's {type(module).__name__.removeprefix('FSDP')}")
+
+    @abstractmethod
     def check_structure(self) -> None:
         """Raise `EvoViTError` where the host holds a part that this adapter does not know."""
 
@@ -173,9 +186,20 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(before or after or backward or "forward" in module.__dict__)
 
 
+def expect_unsharded(module: nn.Module, what: str) -> None:
+    """Raise `EvoViTError` if `fully_shard` was applied to a module that is never called (FSDP2)."""
+    if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+        raise EvoViTError(
+            f"{what} is sharded by fully_shard, which gathers weights as a module is called, while evovit "
+            "calls those inside it; shard the reduced model as a whole, fully_shard(reduced), or modules "
+            "inside the blocks, such as mlp."
+        )
+
+
 def expect_class(module: nn.Module, known: Iterable[str], what: str) -> None:
     """Raise `EvoViTError` if the class of `module` is none of those whose forward an adapter re-states."""
     if type(module).__name__ not in known:
+        expect_unsharded(module, what)
         raise EvoViTError(
             f"{what} is a {type(module).__name__}, which this version of evovit does not support (supported: "
             f"{', '.join(sorted(known))}); use a host with these, or extend the adapter "

@@ -5,6 +5,7 @@ Checked with timm 1.0.26 to 1.0.31. Each view calls the host's modules in the or
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -72,6 +73,11 @@ class PreNormBlock(Block):
         """Raise `EvoViTError` where the block holds what this view does not know."""
         expect_parts(self.block, self.parts, f"Block {self.number}")
         check_attention(self.block.attn, f"The attention of block {self.number}")
+
+    def bypassed(self) -> Iterator[nn.Module]:
+        """Return the modules whose forward is never called."""
+        attn = self.block.attn
+        yield from (self.block, attn, attn.attn_drop)
 
     def before(self, x: Tensor) -> Tensor:
         """Return what the attention's projection reads, (B, T, C)."""

@@ -5,8 +5,10 @@ Checked with timm 1.0.26 to 1.0.31. Each view calls the host's modules in the or
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evovit.backbones.base import Block, Mix, expect_parts, mixed_values
 from evovit.backbones.timm_blocks import PreNormBlock, attention_output, check_attention, fused_qkv
@@ -28,6 +30,11 @@ class ParallelThingsBlock(PreNormBlock):
         for branch in self.block.attns:
             expect_parts(branch, ("norm", "attn", "ls", "drop_path"), f"A branch of block {self.number}")
             check_attention(branch.attn, f"An attention of block {self.number}")
+
+    def bypassed(self) -> Iterator[nn.Module]:
+        yield self.block
+        for branch in self.block.attns:
+            yield from (branch, branch.attn, branch.attn.attn_drop)
 
     def qkv(self, tokens: Tokens) -> QKV:
         each = [fused_qkv(branch.attn, branch.norm(tokens.x)) for branch in self.block.attns]
@@ -69,6 +76,9 @@ class ParallelScalingBlock(PreNormBlock):
 
     def check(self) -> None:
         expect_parts(self.block, self.parts, f"Block {self.number}")
+
+    def bypassed(self) -> Iterator[nn.Module]:
+        yield from (self.block, self.block.attn_drop)
 
     def qkv(self, tokens: Tokens) -> QKV:
         block = self.block
