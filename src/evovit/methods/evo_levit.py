@@ -83,7 +83,8 @@ class EvoLeViT(Method):
         if not all(stage.enter is None or isinstance(stage.enter, LevitEntry) for stage in stages):
             raise EvoViTError("Evo-LeViT needs a host that down-samples by attention, as LeViT does.")
         if self.training:  # a trade-off on which no selection depends gets a gradient too, zero
-            idle = torch.stack([p.sum() for p in self.parameters()]).sum() * 0.0
+            every = (*self.learn_tradeoff, *self.enter_tradeoff)  # replicas have no `parameters()`
+            idle = torch.stack([p.sum() for p in every]).sum() * 0.0
             tokens = tokens.with_x(tokens.x + idle.to(tokens.x.dtype))
         return tokens.change(carry=Waiting())
 
