@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from torch import nn
 
 import evovit
 from evovit.backbones import Block, adapt
-from evovit.methods import register
+from evovit.methods import find_method, register
 from evovit.methods.base import Method
 from evovit.methods.evo_vit import EvoViT
 from evovit.methods.subsample import Subsample
 from evovit.tokens import Tokens
-from tests.conftest import make_host, pictures
+from tests.conftest import HOSTS, make_host, pictures
+
+
+def make_headed(name: str, num_classes: int) -> nn.Module:
+    """Return a tiny host with a head for so many classes."""
+    host = make_host(name)
+    host.reset_classifier(num_classes)
+    return host
+
+
+def named(name: str, num_classes: int, **options: Any) -> nn.Module:
+    """Return a model of timm's registry for 64 pixels."""
+    return timm.create_model(name, img_size=64, num_classes=num_classes, **options).eval()
+
 
 SMALL = {"start_block": 1, "stage_length": 2}
 
@@ -61,6 +77,50 @@ def test_timms_conveniences() -> None:
     reduced.reset_classifier(3)
     outputs = reduced.run(images)
     assert outputs.logits.shape == outputs.extra_logits["class_token"].shape == (2, 3)
+
+
+HEADLESS: dict[str, Callable[[int], nn.Module]] = {
+    **{name: partial(make_headed, name) for name in HOSTS},
+    "levit": partial(named, "levit_128s"),
+    "levit_distilled": partial(named, "levit_256d"),
+    "levit_cls": partial(named, "levit_cls_128s"),
+    "levit_cls_plain": partial(named, "levit_cls_128s", distilled=False, class_heads=False),
+    "sit_backbone": partial(named, "sit_backbone_tiny"),
+}
+
+
+@pytest.mark.parametrize("name", HEADLESS)
+@pytest.mark.parametrize("method", ["dense", "evo_levit", "idle_vit"])
+def test_without_classes_logits_are_the_pooled_features(name: str, method: str) -> None:
+    """timm's convention, of a host made so and of one whose classifier is reset; and a new one may follow."""
+    options = {"selection": "column_mean", "compared": "active"}
+    options = {k: v for k, v in options.items() if hasattr(find_method(method).Config, k)}
+    made = evovit.reduce_tokens(HEADLESS[name](0), method, **options)
+    reset = evovit.reduce_tokens(HEADLESS[name](5), method, **options)
+    reset.reset_classifier(0)
+    images = torch.randn(2, *adapt(made.model).image_shape)
+    for reduced in (made, reset):
+        for training in (False, True):
+            reduced.train(training)
+            with torch.no_grad():
+                outputs = reduced.run(images)
+            assert outputs.logits.shape == (2, reduced.num_features)
+            assert outputs.token_logits is None
+        with torch.no_grad():
+            features = reduced.eval().forward_features(images)
+            pooled = reduced.forward_head(features, pre_logits=True)
+            assert torch.equal(reduced(images), pooled)
+            reduced.reset_classifier(3)
+            assert reduced(images).shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["evo_deit_tiny_patch16_224", "evo_levit_128s", "sit_tiny"])
+def test_named_models_without_classes_give_features(name: str) -> None:
+    model = evovit.create_model(name, num_classes=0).train()
+    with torch.no_grad():
+        outputs = model.run(pictures(2, 224))
+    assert outputs.logits.shape == (2, model.num_features)
+    assert all(extra.shape == (2, model.num_features) for extra in outputs.extra_logits.values())
 
 
 def test_layer_decay_groups_match_the_wrapped_names() -> None:

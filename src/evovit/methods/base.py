@@ -140,16 +140,18 @@ class ClassTokenHead(nn.Module):
 
     def __init__(self, spec: BackboneSpec) -> None:
         super().__init__()
-        self.norm_cls = nn.LayerNorm(spec.dims[-1], eps=1e-6)
-        self.head_cls = nn.Linear(spec.dims[-1], spec.num_classes)
+        self.dim = spec.dims[-1]
+        self.norm_cls = nn.LayerNorm(self.dim, eps=1e-6)
+        self.head_cls: nn.Module = nn.Identity()
         self.reset(spec.num_classes)
 
     def reset(self, num_classes: int) -> None:
-        """Start a fresh classifier for `num_classes`."""
-        old = self.head_cls.weight
-        self.head_cls = nn.Linear(self.head_cls.in_features, num_classes, device=old.device, dtype=old.dtype)
-        nn.init.trunc_normal_(self.head_cls.weight, std=0.02)
-        nn.init.zeros_(self.head_cls.bias)
+        """Start a fresh classifier for `num_classes`; 0: features pass."""
+        self.head_cls = nn.Identity()
+        if num_classes > 0:
+            self.head_cls = linear = nn.Linear(self.dim, num_classes).to(self.norm_cls.weight)
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Return logits (B, classes)."""
