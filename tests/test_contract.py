@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import evovit
 from evovit.checkpoints.reduced import load_reduced, save_reduced
-from evovit.methods import find_method
+from evovit.methods import DENSE, find_method
 from evovit.recipe.tables import ObjectiveTable
 from evovit.train.objective import Objective
 from tests.conftest import HOSTS, make_host, pictures
@@ -35,7 +35,7 @@ def variants(name: str) -> list[dict[str, Any]]:
 def wrap(host: nn.Module, name: str, options: dict[str, Any]) -> evovit.ReducedViT:
     """Wrap a host; one without class token gets the score and the loss that are made for it."""
     if getattr(host, "cls_token", None) is None:
-        without = {"selection": "column_mean", "compared": "active"}
+        without = {"selection": "column_mean", "compared": "active", "assisted_head": False}
         options = options | {k: v for k, v in without.items() if hasattr(find_method(name).Config, k)}
     return evovit.reduce_tokens(host, name, **options)
 
@@ -73,7 +73,7 @@ def test_reduces_protects_the_prefix_and_ignores_the_batch(method: str, host: st
             alone = reduced(images[1:2])
         prefix = outputs.tokens.num_prefix
         assert prefix == reduced.method.spec.num_prefix
-        assert min(tokens.num_patches for tokens in outputs.trace) < 16
+        assert method == DENSE or min(tokens.num_patches for tokens in outputs.trace) < 16
         for tokens in outputs.trace:
             assert tokens.num_prefix == prefix
             assert tokens.x.shape[1] == prefix + tokens.index.shape[1]
@@ -155,14 +155,53 @@ def test_exports_with_a_dynamic_batch(method: str, options: dict[str, Any], host
             assert torch.allclose(program(images), reduced(images), rtol=1e-4, atol=1e-5)
 
 
+def owning_modules(name: str) -> dict[str, Any]:
+    """Return a method's example with the options under which it owns modules, where there are such."""
+    own = {"assisted_head": True, "kind": "conv"}
+    cls = find_method(name)
+    return cls.example | {option: value for option, value in own.items() if hasattr(cls.Config, option)}
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("method", "host"), PAIRS)
-def test_half_precision_stays_finite(method: str, host: str) -> None:
-    reduced = wrap(make_host(host).bfloat16(), method, find_method(method).example)
-    reduced.method.bfloat16()
+def test_half_precision_stays_finite(method: str, host: str, kind: torch.dtype) -> None:
+    reduced = wrap(make_host(host).to(kind), method, owning_modules(method))
     with torch.no_grad():
-        logits = reduced(pictures().bfloat16())
-    assert logits.dtype == torch.bfloat16
-    assert torch.isfinite(logits).all()
+        outputs = reduced.run(pictures().to(kind))
+    for logits in (outputs.logits, *outputs.extra_logits.values()):
+        assert logits.dtype == kind
+        assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_wrapped_model_may_be_cast(method: str) -> None:
+    for kind in (torch.bfloat16, torch.float16, torch.float64):
+        reduced = wrap(make_host("vit"), method, owning_modules(method)).to(kind)
+        expected = wrap(make_host("vit").to(kind), method, owning_modules(method))
+        expected.method.load_state_dict(reduced.method.state_dict())
+        with torch.no_grad():
+            assert torch.equal(reduced(pictures().to(kind)), expected(pictures().to(kind)))
+
+
+@pytest.mark.parametrize(("method", "host"), PAIRS)
+def test_double_precision_is_the_hosts(method: str, host: str) -> None:
+    """With everything kept to its last digits; a step of training changes method and host in it."""
+    model, images, cls = make_host(host).double(), pictures().double(), find_method(method)
+    with torch.no_grad():
+        expected = model(images)
+        error = (wrap(model, method, cls.example | cls.keep_all)(images) - expected).abs().max()
+        assert error <= 1e-13 * expected.abs().max()
+    reduced = wrap(model, method, cls.example).train()
+    optimizer = torch.optim.SGD(reduced.parameters(), 1e-3)
+    first = reduced.run(images)
+    assert first.logits.dtype == torch.float64
+    loss = first.logits.square().mean()
+    if reduced.method.learns_from_teacher:
+        taught = Objective(reduced, ObjectiveTable(teacher="given"), make_host(host).double()).teach(images)
+        loss = loss + sum(reduced.method.losses(first, taught).values())
+    loss.backward()
+    optimizer.step()
+    assert all(p.dtype == torch.float64 and p.isfinite().all() for p in reduced.parameters())
 
 
 @pytest.mark.parametrize(("method", "options"), ON_VIT, ids=IDS)
@@ -195,6 +234,45 @@ def test_saves_and_loads_exactly(method: str, options: dict[str, Any], tmp_path:
         for p in fresh.parameters():
             p.zero_()
         assert torch.equal(load_reduced(tmp_path / "all", fresh).eval()(images), expected)
+
+
+def check_saved_as_it_is(reduced: evovit.ReducedViT, folder: Path) -> None:
+    """Save and load; evaluation and a training forward are the same to the last bit."""
+    save_reduced(reduced, folder)
+    loaded, images = load_reduced(folder, make_host("vit")), pictures()
+    with torch.no_grad():
+        for training in (False, True):
+            ours, theirs = (seeded(model.train(training), images) for model in (reduced, loaded))
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("method", "options"), ON_VIT, ids=IDS)
+def test_saves_and_loads_exactly_in_the_middle_of_a_ramp(
+    method: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    for share in (0.0, 0.3, 0.7, 1.0):
+        reduced = wrap(make_host("vit"), method, options)
+        try:
+            reduced.method.set_reduction(share)
+        except evovit.EvoViTError as error:
+            assert "no keep ratio" in str(error)
+            return
+        check_saved_as_it_is(reduced, tmp_path / str(share))
+        if share == 1:
+            assert reduced.method.current_config() == reduced.method.config
+
+
+@pytest.mark.parametrize(("method", "options"), ON_VIT, ids=IDS)
+def test_saves_and_loads_exactly_in_the_middle_of_a_training(
+    method: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    follows = {"switch_at": 0.5, "shrink": (0.1, 0.9)}
+    config = find_method(method).Config
+    options = options | {option: value for option, value in follows.items() if hasattr(config, option)}
+    for fraction in (0.0, 0.3, 0.6, 1.0):
+        reduced = wrap(make_host("vit"), method, options)
+        reduced.method.set_progress(fraction)
+        check_saved_as_it_is(reduced, tmp_path / str(fraction))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -32,6 +32,34 @@ def test_rows_that_enter_a_block_are_rounded_to_a_multiple(multiple: int, keep: 
     assert (count + 2) % multiple == 0
 
 
+@pytest.mark.parametrize(
+    ("multiple", "ratio", "others", "keep"),
+    [
+        (64, 0.15, 2, 62),  # 31 rows are nearest to none
+        (8, 0.01, 2, 6),  # 3 rows
+        (8, 0.03, 6, 10),  # 11 rows are nearest to 8, which leaves 2 patches of 5
+        (16, 0.5, 2, 94),  # 100 rows, nearest to 96
+        (64, 0.5, 2, 126),
+        (256, 0.5, 2, None),  # nothing is left to reduce
+    ],
+)
+def test_rounding_never_takes_more_than_half_of_the_kept(
+    multiple: int, ratio: float, others: int, keep: int | None
+) -> None:
+    assert KeepSchedule.from_block(12, ratio, 4, multiple).count(4, 196, others) == keep
+
+
+def test_every_count_is_a_multiple_and_never_far_below_the_ratio() -> None:
+    for multiple in range(2, 200, 7):
+        for percent in range(1, 100):
+            for others in (1, 2, 6):
+                schedule = KeepSchedule.from_block(2, percent / 100, 1, multiple)
+                keep, asked = schedule.count(1, 196, others), max(1, int(196 * (percent / 100)))
+                if keep is not None:
+                    assert (keep + others) % multiple == 0 and keep >= asked / 2
+                    assert keep < asked + multiple
+
+
 def test_a_block_that_keeps_all_is_not_rounded() -> None:
     schedule = KeepSchedule.from_block(12, 0.5, 4, 16)
     assert schedule.count(3, 196, others=1) is None

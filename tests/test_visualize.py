@@ -40,6 +40,21 @@ def test_a_pooled_token_stands_for_all_cells_of_its_window(model: ReducedViT) ->
     assert kept.shape == (2, 4, 4, 4) and kept.all()
 
 
+def test_a_fused_token_is_no_kept_patch_though_the_count_fits(model: ReducedViT) -> None:
+    """15 of 16 are kept and one is fused: 16 tokens."""
+    fused, images = reduce_tokens(model.model, "evit", blocks=(1,), keep=(15,)), torch.randn(3, 3, 16, 16)
+    kept = kept_patches(fused, images)
+    assert kept.flatten(2).sum(2).tolist() == [[16, 15, 15, 15]] * 3
+    for image, index in enumerate(fused.run(images).tokens.index.tolist()):
+        assert set(kept[image, 3].flatten().nonzero().flatten().tolist()) == set(index) - {-1}
+
+
+def test_slots_have_no_place_though_the_count_fits(model: ReducedViT) -> None:
+    slimmed = reduce_tokens(model.model, "sit", blocks=(1,), keep_ratio=1.0)
+    kept = kept_patches(slimmed, torch.randn(2, 3, 16, 16))
+    assert kept[:, 0].all() and not kept[:, 1:].any()
+
+
 def test_models_side_by_side_are_one_picture_each_and_none_is_dark_without_places() -> None:
     images = torch.rand(2, 3, 8, 8)
     kept = {"some": torch.tensor([[[1, 0], [0, 1]]] * 2).bool(), "slots": torch.zeros(2, 2, 2).bool()}

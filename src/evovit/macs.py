@@ -5,13 +5,14 @@ Norms, softmax and selection do not count. 1 GMAC is 1e9 multiply-accumulates; m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
+
+from evovit.backbones.base import evaluating
 
 
 def gmacs(model: nn.Module, image_shape: Sequence[int]) -> float:
@@ -28,16 +29,3 @@ def gmacs(model: nn.Module, image_shape: Sequence[int]) -> float:
     with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
         functional_call(model, on_meta, (images,))
     return int(counter.get_total_flops()) / 2e9
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode; each gets its own mode back."""
-    own = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()  # a host that caches weights for evaluation, as LeViT does, lets go of them
-        for module, training in own:
-            module.training = training

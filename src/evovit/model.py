@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from evovit.backbones import Backbone, adapt, check_adapter
+from evovit.backbones.base import is_hooked
 from evovit.errors import EvoViTError, check_count
 from evovit.methods import build_config, find_method, find_method_of
 from evovit.methods.base import Method
+from evovit.ops.select import take
 from evovit.tokens import Outputs, Tokens
 
 Prepare = Callable[[Tokens], Tokens]
@@ -29,7 +32,9 @@ class ReducedViT(nn.Module):
     def __init__(self, model: nn.Module, method: Method) -> None:
         super().__init__()
         self.model, self.method = model, method
-        self.grad_checkpointing = False
+        self.training = model.training  # each module of the host keeps its own mode
+        method.train(model.training)
+        self.grad_checkpointing = bool(getattr(model, "grad_checkpointing", False))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, classes) for images (B, channels, height, width)."""
@@ -56,6 +61,8 @@ class ReducedViT(nn.Module):
         self, backbone: Backbone, images: Tensor, record: bool = False, prepare: Prepare | None = None
     ) -> tuple[Tokens, list[Tokens]]:
         """Run embedding and all blocks: the road from image to tokens."""
+        if not torch.compiler.is_compiling():
+            backbone.expect_unsharded()
         tokens, trace = backbone.embed(images), []
         tokens, stages = tokens if prepare is None else prepare(tokens), backbone.stages()
         tokens = self.method.begin(tokens, stages)
@@ -95,12 +102,14 @@ class ReducedViT(nn.Module):
         tokens, trace = self.blocks(backbone, images, record=not last)
         tokens = self.method.finish(tokens if last else trace[sum(depths[: stage + 1]) - 1])
         rows, columns = tokens.grid
+        what = f"{type(self.method).__name__} as configured leaves"
+        instead = "a feature map needs a method that keeps the grid (evo_vit with preserve, rejoin_last)."
         if tokens.num_patches != rows * columns:
-            raise EvoViTError(
-                f"{type(self.method).__name__} as configured leaves {tokens.num_patches} of {rows * columns} "
-                "patches; a feature map needs one that keeps the grid (evo_vit with preserve, rejoin_last)."
-            )
-        patches = (backbone.norm(tokens.x) if last else tokens.x)[:, tokens.num_prefix :]
+            raise EvoViTError(f"{what} {tokens.num_patches} of {rows * columns} patches; {instead}")
+        place, order = tokens.index.sort(1)  # after pooling the index is of the finer grid, in the same order
+        if (place[:, :1] < 0).any() or (place[:, 1:] == place[:, :-1]).any():
+            raise EvoViTError(f"{what} cells of the {rows} x {columns} grid without a token; {instead}")
+        patches = take((backbone.norm(tokens.x) if last else tokens.x)[:, tokens.num_prefix :], order)
         return patches.transpose(1, 2).reshape(patches.shape[0], -1, rows, columns)
 
     def get_classifier(self) -> Any:
@@ -161,6 +170,18 @@ def backbone_of(model: nn.Module) -> Backbone:
     return adapt(model.model if isinstance(model, ReducedViT) else model)
 
 
+def refuse_hooks(backbone: Backbone, model: nn.Module) -> None:
+    """Raise `EvoViTError` where a hook, or a forward of a module's own, would never run."""
+    for module in backbone.bypassed():
+        if is_hooked(module):
+            name = next(name for name, other in model.named_modules() if other is module)
+            raise EvoViTError(
+                f"{name or 'The host itself'} has a hook or a forward of its own, which would never run, as "
+                "evovit calls the modules inside it; put it on these, such as norm1, qkv or mlp, or read the "
+                "tokens after each block from reduced.run(images, record=True).trace."
+            )
+
+
 def reduce_tokens(
     model: nn.Module, method: str | Method.Config = "evo_vit", *, verify: bool = True, **options: Any
 ) -> ReducedViT:
@@ -172,8 +193,8 @@ def reduce_tokens(
         verify: prove first that the views reproduce this host exactly (two forwards of two random images).
 
     Raises:
-        EvoViTError: unsupported host, unknown method or option, a value out of range, a host that is not
-        reproduced.
+        EvoViTError: unsupported host, unknown method or option, a value out of range, a hook that would never
+        run, a host that is not reproduced.
     """
     if isinstance(method, str):
         cls = find_method(method)
@@ -187,8 +208,9 @@ def reduce_tokens(
     else:
         raise EvoViTError(f"method is {method!r}; give a method's name or its Config.")
     backbone = adapt(model)
+    backbone.expect_unsharded()
+    refuse_hooks(backbone, model)
     if verify:
         check_adapter(model)
-    reduced = ReducedViT(model, cls(config, backbone.spec))
-    reduced.method.to(next(model.parameters()).device)
-    return reduced.train(model.training)
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    return ReducedViT(model, cls(config, backbone.spec).to(like.device, like.dtype))

@@ -18,6 +18,14 @@ def per_block(
     return values
 
 
+def check_start(ratios: Sequence[float], start_block: int) -> None:
+    """Raise `EvoViTError` where a block before `start_block` reduces."""
+    if min(ratios[:start_block], default=1) < 1:
+        raise EvoViTError(
+            f"keep_ratio is below 1 before start_block {start_block}; set start_block to the first."
+        )
+
+
 @dataclass(frozen=True)
 class KeepSchedule:
     """Share of the stage's patch tokens that each block updates; counts follow from it for any resolution.
@@ -26,7 +34,8 @@ class KeepSchedule:
         ratios: one per block, in (0, 1]; 1 leaves the block alone.
         rounding: how a count comes from ratio * N: `int` truncates, `math.ceil` rounds up.
         start: first block that may reduce; stages are counted from it.
-        multiple_of: the rows that enter a reduced block are rounded to the nearest multiple of this.
+        multiple_of: the rows that enter a reduced block are rounded to the nearest multiple of this; to the
+            next above where the nearest has less than half of the kept; a multiple of all rows keeps all.
     """
 
     ratios: tuple[float, ...]
@@ -45,10 +54,7 @@ class KeepSchedule:
         ratios = per_block(keep_ratio, depth, "keep_ratio")
         if not isinstance(keep_ratio, Sequence):
             ratios = (1.0,) * start_block + ratios[start_block:]
-        elif min(ratios[:start_block]) < 1:
-            raise EvoViTError(
-                f"keep_ratio is below 1 before start_block {start_block}; set start_block to the first."
-            )
+        check_start(ratios, start_block)
         return cls(ratios, start=start_block, multiple_of=multiple_of)
 
     @classmethod
@@ -70,10 +76,10 @@ class KeepSchedule:
         """
         if self.ratios[number] == 1:
             return None
-        keep = self.rounding(num_patches * self.ratios[number])
+        keep = max(1, self.rounding(num_patches * self.ratios[number]))
         if self.multiple_of > 1:
-            keep = round((keep + others) / self.multiple_of) * self.multiple_of - others
-        keep = max(1, keep)
+            nearest = round((keep + others) / self.multiple_of) * self.multiple_of - others
+            keep = nearest if nearest >= keep / 2 else nearest + self.multiple_of
         return None if keep >= num_patches else keep
 
     def stage_start(self, number: int, length: int) -> int:

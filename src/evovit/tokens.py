@@ -76,9 +76,7 @@ class QKV(NamedTuple):
     v: Tensor
     scale: float
     bias: Tensor | None = None  # the host's position bias for these tokens, (1 or B, H, P + N, P + N)
-    side: Tensor | None = (
-        None  # what the host's projection gives besides: an output gate, a parallel FFN, (B, P + N, S)
-    )
+    extra: Tensor | None = None  # (B, P + N, S), what the host projects besides: output gate, parallel FFN
 
 
 class Outputs(NamedTuple):

@@ -39,9 +39,12 @@ def kept_patches(model: ReducedViT, images: Tensor) -> Tensor:
     masks = []
     for tokens in trace:
         rows, columns = tokens.grid
-        kept = tokens.index.new_zeros(images.shape[0], rows * columns + 1)  # the last column takes index -1
-        whole = tokens.num_patches == tokens.num_cells  # also after pooling, whose index is of the finer grid
-        kept = kept + 1 if whole else kept.scatter(1, tokens.index.remainder(rows * columns + 1), 1)
+        spare = rows * columns  # one more column, where tokens without a place go
+        kept, placed = tokens.index.new_zeros(images.shape[0], spare + 1), tokens.index >= 0
+        if tokens.num_patches == spare and placed.all():  # also after pooling: its index is of the finer grid
+            kept = kept + 1
+        else:
+            kept = kept.scatter(1, tokens.index.where(placed, spare), 1)
         mask = kept[:, :-1].reshape(-1, 1, rows, columns)
         mask = torch.nn.functional.interpolate(mask.float(), size=trace[0].grid, mode="nearest")
         masks.append(mask[:, 0].bool())

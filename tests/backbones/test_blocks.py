@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+from torch import Tensor, nn
 
 import evovit
 from evovit.backbones import Backbone, adapt
@@ -44,12 +45,12 @@ def test_a_mask_of_ones_in_place_of_fused_attention_changes_nothing(host: str) -
 
 
 @pytest.mark.parametrize("host", [*HOSTS, "levit"])
-def test_a_glance_and_a_focus_are_rows_of_the_whole_attention_input(host: str) -> None:
+def test_scoring_qkv_and_qkv_of_rows_are_rows_of_the_whole_attention_input(host: str) -> None:
     """Keys of all, queries of the prefix; then everything of the chosen rows: on every kind of block."""
     backbone, tokens = second_block(host)
     with torch.no_grad():
         block = backbone.stages()[0].blocks[1]
-        whole, seen = block.qkv(tokens), block.glance(tokens)
+        whole, seen = block.qkv(tokens), block.scoring_qkv(tokens)
         prefix = tokens.num_prefix
         assert_close(seen.k, whole.k)
         if prefix:
@@ -57,12 +58,41 @@ def test_a_glance_and_a_focus_are_rows_of_the_whole_attention_input(host: str) -
         patches = torch.tensor([[0, 3, 7, 11], [1, 2, 14, 15]])
         rows = with_prefix(patches, prefix)
         active = tokens.change(x=take(tokens.x, rows), index=tokens.index.gather(1, patches))
-        expected, ours = take_qkv(whole, rows), block.focus(active, seen, rows)
+        expected, ours = take_qkv(whole, rows), block.qkv_of_rows(active, seen, rows)
     for name in ("q", "k", "v"):
         assert_close(getattr(ours, name), getattr(expected, name))
-    assert (ours.side is None) == (expected.side is None)
-    if ours.side is not None:
-        assert_close(ours.side, expected.side)
+    assert (ours.extra is None) == (expected.extra is None)
+    if ours.extra is not None:
+        assert_close(ours.extra, expected.extra)
+
+
+def called(model: nn.Module, host: nn.Module, images: Tensor) -> set[str]:
+    """Return the names of the host's modules that a forward of `model` calls."""
+    seen, hooks = set[str](), []
+    for name, module in host.named_modules():
+        hooks.append(module.register_forward_hook(lambda *_, name=name: seen.add(name)))
+    with torch.no_grad():
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("name", [*HOSTS, "levit", "levit_cls"])
+def test_an_adapter_names_every_module_that_is_never_called(name: str) -> None:
+    if name in HOSTS:
+        host, images = make_host(name), pictures()
+    else:
+        entry = {"levit": "levit_128s", "levit_cls": "levit_cls_128s"}[name]
+        host, images = timm.create_model(entry, img_size=64, num_classes=5).eval(), pictures(size=64)
+    for module in host.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # calls the dropout of the weights
+    names = {id(module): name for name, module in host.named_modules()}
+    bypassed = {names[id(module)] for module in adapt(host).bypassed()}
+    ours = called(evovit.reduce_tokens(host, "dense"), host, images)
+    assert called(host, host, images) - ours <= bypassed
+    assert not bypassed & ours
 
 
 def test_attention_dropout_has_no_place_in_a_method_that_mixes_itself() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 import evovit
 from evovit.backbones.timm_blocks import PreNormBlock
+from evovit.checkpoints.reduced import load_reduced, save_reduced
 from evovit.macs import gmacs
 from evovit.ops.score import class_attention
 from evovit.ops.select import split_top
@@ -258,6 +260,27 @@ def test_the_fused_token_is_the_weighted_sum_after_attention() -> None:
 def test_wrong_options_are_refused_in_one_sentence(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(evovit.EvoViTError, match=sentence):
         evovit.reduce_tokens(make_host("vit"), "evit", **({"blocks": (1,)} | options))
+
+
+@pytest.mark.parametrize("counts", ["current", "initial"])
+def test_a_ramp_is_of_each_blocks_ratio_and_saved_as_it_is(counts: str, tmp_path: Path) -> None:
+    options = {"blocks": (1, 2), "keep_ratio": (0.5, 0.8), "counts": counts}
+    reduced = evovit.reduce_tokens(make_host("vit"), "evit", **options)
+    reduced.method.set_reduction(0.5)
+    second = 0.9 if counts == "current" else 0.75 * 0.9
+    assert reduced.method.schedule.ratios == pytest.approx((1, 0.75, second, 1))
+    save_reduced(reduced, tmp_path)
+    loaded = load_reduced(tmp_path, make_host("vit")).method
+    assert loaded.schedule == reduced.method.schedule
+    assert loaded.config.keep_ratio == pytest.approx((0.75, 0.9)) and loaded.config.shrink is None
+    reduced.method.set_reduction(1.0)
+    assert reduced.method.current_config() == reduced.method.config
+
+
+def test_a_shrinking_ratio_is_not_ramped_as_well() -> None:
+    reduced = evovit.reduce_tokens(make_host("vit"), "evit", blocks=(1,), shrink=(0.1, 0.5))
+    with pytest.raises(evovit.EvoViTError, match=r"shrink.* run.reduce_from_epoch .* choose one"):
+        reduced.method.set_reduction(1.0)
 
 
 def test_explicit_counts_have_no_ratio_to_ramp() -> None:

@@ -239,6 +239,21 @@ def test_rows_of_reduced_blocks_are_multiples_and_the_others_stay(fast_update: b
     assert [tokens.x.shape[1] for tokens in outputs.trace] == [17, 10, 10, 10]
 
 
+def test_a_multiple_above_all_rows_is_refused() -> None:
+    with pytest.raises(
+        evovit.EvoViTError, match="multiple_of is 18; allowed is 1 to 17 .rows of an unreduced"
+    ):
+        evovit.reduce_tokens(make_host("vit"), "evo_vit", start_block=1, stage_length=2, multiple_of=18)
+
+
+def test_an_assisted_head_needs_a_class_token() -> None:
+    options = {"start_block": 1, "stage_length": 2, "selection": "column_mean", "assisted_head": True}
+    with pytest.raises(
+        evovit.EvoViTError, match="assisted_head=True needs a class token.*assisted_head=False"
+    ):
+        evovit.reduce_tokens(make_host("siglip"), "evo_vit", **options)
+
+
 def test_dropping_removes_placeholders_for_good() -> None:
     """Table 3, naive selection: counts stay at int(ratio * N) of the first grid."""
     options = {

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import timm
 import torch
+import torch.nn.utils.prune
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 import evovit
 from evovit.backbones import adapt
@@ -232,17 +235,17 @@ def test_idle_tokens_keep_their_bits_and_may_return() -> None:
     assert returned > 0
 
 
-def test_rows_of_qkv_keep_their_own_bias_and_side() -> None:
+def test_rows_of_qkv_keep_their_own_bias_and_extra() -> None:
     """Hosts with a position bias: row and column of each pair move together."""
     q, k, v = torch.randn(3, 2, 3, 7, 4)
-    qkv = QKV(q, k, v, 0.5, bias=torch.randn(1, 3, 7, 7), side=torch.randn(2, 7, 6))
+    qkv = QKV(q, k, v, 0.5, bias=torch.randn(1, 3, 7, 7), extra=torch.randn(2, 7, 6))
     rows = torch.tensor([[0, 2, 5], [0, 1, 6]])
     some = take_qkv(qkv, rows)
     for image in range(2):
         for i, a in enumerate(rows[image].tolist()):
             assert torch.equal(some.q[image, :, i], q[image, :, a])
             assert torch.equal(some.v[image, :, i], v[image, :, a])
-            assert torch.equal(some.side[image, i], qkv.side[image, a])
+            assert torch.equal(some.extra[image, i], qkv.extra[image, a])
             for j, b in enumerate(rows[image].tolist()):
                 assert torch.equal(some.bias[image, :, i, j], qkv.bias[0, :, a, b])
 
@@ -348,6 +351,16 @@ def test_wrong_options_are_refused_in_one_sentence(options: dict[str, Any], sent
         evovit.reduce_tokens(make_host("vit"), "idle_vit", **({"start_block": 1} | options))
 
 
+def test_a_list_of_ratios_starts_where_start_block_says() -> None:
+    ratios = (0.9, 0.5, 0.5, 0.5)
+    with pytest.raises(
+        evovit.EvoViTError, match="keep_ratio is below 1 before start_block 1; set start_block"
+    ):
+        evovit.reduce_tokens(make_host("vit"), "idle_vit", start_block=1, keep_ratio=ratios)
+    reduced = evovit.reduce_tokens(make_host("vit"), "idle_vit", start_block=0, keep_ratio=ratios)
+    assert reduced.method.schedule.ratios == ratios
+
+
 def test_an_adapted_projection_is_used_whole() -> None:
     class Adapted(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -360,6 +373,46 @@ def test_an_adapted_projection_is_used_whole() -> None:
     with torch.no_grad():
         evaluated = reduced(pictures())
         assert_close(evaluated, reduced.train()(pictures()))  # the cut loss takes the whole matrix
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def _prune(layer: nn.Linear) -> None:
+    torch.nn.utils.prune.l1_unstructured(layer, "weight", amount=0.3)
+
+
+CHANGES: dict[str, Callable[[nn.Linear], Any]] = {
+    "hook": lambda layer: layer.register_forward_hook(lambda module, given, out: 2 * out),
+    "pre-hook": lambda layer: layer.register_forward_pre_hook(lambda module, given: (2 * given[0],)),
+    "parametrised": lambda layer: parametrize.register_parametrization(layer, "weight", Doubled()),
+    "pruned": _prune,
+    "forward": lambda layer: setattr(layer, "forward", lambda x: 2 * F.linear(x, layer.weight, layer.bias)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_projection_is_used_whole(change: str) -> None:
+    """In evaluation as in training, which reads the whole matrix; and it trains on, twice."""
+    host = make_host("vit")
+    for block in host.blocks:
+        CHANGES[change](block.attn.qkv)
+    reduced = evovit.reduce_tokens(host, "idle_vit", start_block=1, keep_ratio=0.6, group_length=1).eval()
+    plain = evovit.reduce_tokens(make_host("vit"), "idle_vit", start_block=1, keep_ratio=0.6, group_length=1)
+    with torch.no_grad():
+        evaluated = reduced(pictures())
+        assert not torch.allclose(evaluated, plain(pictures()))
+        assert_close(evaluated, reduced.train()(pictures()))
+    for weight in (20.0, 0.0):  # with the cut loss, and without it, where training scores as evaluation does
+        reduced = evovit.reduce_tokens(
+            host, "idle_vit", start_block=1, keep_ratio=0.6, group_length=1, cut_weight=weight
+        ).train()
+        for _ in range(2):
+            reduced.zero_grad()
+            reduced(pictures()).square().mean().backward()
+            assert all(p.grad is not None and p.grad.any() for p in reduced.parameters())
 
 
 def test_features_of_the_class_token_need_one() -> None:

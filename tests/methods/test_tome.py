@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import evovit
+from evovit.checkpoints.reduced import load_reduced, save_reduced
 from evovit.macs import gmacs
 from evovit.methods import tome
 from evovit.methods.tome import removed_per_block, unmerge
 from evovit.ops.merge import Match, match_tokens, merge_sizes, merge_tokens
+from evovit.train.run import settle
 from tests.conftest import Golden, make_host, pictures
 from tests.parity import assert_close, assert_same_gradients, assert_same_traces, gradients_of
 
@@ -303,6 +306,20 @@ def test_matching_has_no_gradient_and_merging_has() -> None:
     match = match_tokens(metric, 3, 1)
     merge_all(x, torch.ones(2, 8), match).square().sum().backward()
     assert metric.grad is None and x.grad.abs().min() > 0
+
+
+def test_a_ramp_is_saved_as_it_is_and_ends_with_the_training(tmp_path: Path) -> None:
+    """Also where the first block asks for more than there is."""
+    reduced = evovit.reduce_tokens(make_host("vit"), "tome", r=16, inflection=-1.0)
+    reduced.method.set_reduction(0.9)
+    assert reduced.method.removed[0] > 16
+    save_reduced(reduced, tmp_path)
+    loaded = load_reduced(tmp_path, make_host("vit"))
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(pictures()), reduced.eval()(pictures()))
+    settle(reduced)
+    assert reduced.method.removed == (32, 21, 10, 0)
+    assert reduced.method.current_config() == reduced.method.config
 
 
 def test_reduction_can_start_late() -> None:

@@ -8,10 +8,19 @@ import pytest
 import torch
 
 from evovit.ops.mask import mask_bias, masked_max, masked_mean
-from evovit.ops.score import attention_column_mean, class_attention, evolve, random_score
-from evovit.ops.select import best_by_count, best_by_threshold, put, split_top, take, unique_keys, with_prefix
+from evovit.ops.score import attention_column_mean, class_attention, random_score, running_score
+from evovit.ops.select import (
+    best_by_count,
+    best_by_threshold,
+    keep_rows,
+    put,
+    split_top,
+    take,
+    unique_keys,
+    with_prefix,
+)
 from evovit.ops.update import representative
-from evovit.tokens import QKV
+from evovit.tokens import QKV, Tokens
 
 
 def some_qkv(prefix: int = 1, patches: int = 6) -> QKV:
@@ -43,10 +52,24 @@ def test_scores_are_float32_for_every_precision() -> None:
         assert class_attention(qkv, 1).dtype == torch.float32
 
 
-def test_evolve_weighs_the_old_score_with_the_trade_off() -> None:
+def test_the_running_score_weighs_the_old_score_with_the_trade_off() -> None:
     old, new = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
-    assert torch.allclose(evolve(old, new, 0.75), torch.tensor([[0.75, 0.5]]))
-    assert torch.equal(evolve(None, new, 0.75), new)
+    assert torch.allclose(running_score(old, new, 0.75), torch.tensor([[0.75, 0.5]]))
+    assert torch.equal(running_score(None, new, 0.75), new)
+
+
+def test_kept_rows_take_place_size_and_mask_along_and_the_prefix_stays() -> None:
+    index, size = torch.arange(6).flip(0).expand(2, 6), torch.rand(2, 6)
+    tokens = Tokens(torch.randn(2, 8, 3), index, 2, (2, 3), size, mask=(size > 0.5).float())
+    rows = torch.tensor([[0, 3], [4, 5]])
+    kept = keep_rows(tokens, rows)
+    for image, own in enumerate(rows.tolist()):
+        assert torch.equal(kept.x[image], tokens.x[image][[0, 1, *(2 + row for row in own)]])
+        for name in ("index", "size", "mask"):
+            assert torch.equal(getattr(kept, name)[image], getattr(tokens, name)[image][own])
+    assert torch.equal(keep_rows(tokens, rows, with_prefix(rows, 2)).x, kept.x)
+    plain = keep_rows(tokens.change(size=None, mask=None), rows)
+    assert plain.size is None and plain.mask is None
 
 
 def test_random_score_is_fixed_by_position_and_salt() -> None:

@@ -189,14 +189,21 @@ def test_the_method_follows_the_epochs(tmp_path: Path) -> None:
     assert [tokens.num_patches for tokens in full.trace] == [whole] * 4
 
 
-def test_a_method_without_keep_ratio_refuses_a_late_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        ('name = "subsample"\nblock = 2', "no keep ratio that could start late"),
+        ('name = "evit"\nblocks = [1]\nshrink = [0.1, 0.5]', "shrink.* already lowers .* choose one"),
+    ],
+)
+def test_a_method_that_cannot_refuses_a_late_start(method: str, sentence: str, tmp_path: Path) -> None:
     recipe = small(tmp_path)
-    text = recipe.to_toml().split("[method]")[0] + '[method]\nname = "subsample"\nblock = 2\n[data]'
+    text = recipe.to_toml().split("[method]")[0] + f"[method]\n{method}\n[data]"
     path = tmp_path / "other.toml"
     path.write_text(text + recipe.to_toml().split("[data]")[1])
     from evovit.recipe.reading import read_recipe
 
-    with pytest.raises(EvoViTError, match="no keep ratio that could start late"):
+    with pytest.raises(EvoViTError, match=sentence):
         build_model(read_recipe(path, ["run.reduce_from_epoch=1"]), 10)
 
 

@@ -15,7 +15,7 @@ from pkgutil import iter_modules
 import torch
 from torch import nn
 
-from evovit.backbones.base import Backbone, BackboneSpec, Block, Stage, run_dense
+from evovit.backbones.base import Backbone, BackboneSpec, Block, Stage, evaluating, run_dense
 from evovit.errors import EvoViTError
 
 __all__ = ["Backbone", "BackboneSpec", "Block", "Stage", "adapt", "adapter", "check_adapter", "list_hosts"]
@@ -77,16 +77,9 @@ def check_adapter(model: nn.Module, tolerance: float = 1e-4) -> None:
         tolerance = max(tolerance, 0.05)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn((2, *backbone.image_shape), generator=generator).to(weight)
-    training = {name for name, module in model.named_modules() if module.training}
-    try:
-        model.eval()
-        with torch.no_grad():
-            pairs = [(backbone.host_features(images), features := run_dense(backbone, images))]
-            pairs.append((model(images), backbone.head(features)))
-    finally:
-        model.train()  # a host that caches weights for evaluation, as LeViT does, lets go of them
-        for name, module in model.named_modules():
-            module.training = name in training
+    with evaluating(model), torch.no_grad():
+        pairs = [(backbone.host_features(images), features := run_dense(backbone, images))]
+        pairs.append((model(images), backbone.head(features)))
     error = max(_relative_error(ours, host) for host, ours in pairs)
     if not error <= tolerance:
         raise EvoViTError(

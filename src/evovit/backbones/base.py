@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -45,19 +46,19 @@ class Block(ABC):
     def ffn(self, tokens: Tokens) -> Tokens:
         """Return tokens + feed-forward branch."""
 
-    def glance(self, tokens: Tokens) -> QKV:
+    def scoring_qkv(self, tokens: Tokens) -> QKV:
         """Return enough to choose rows by: queries of the prefix at least, keys of all; default: `qkv`."""
         return self.qkv(tokens)
 
-    def focus(self, active: Tokens, glanced: QKV, rows: Tensor) -> QKV:
+    def qkv_of_rows(self, active: Tokens, scored: QKV, rows: Tensor) -> QKV:
         """Return what attention sees of the chosen rows alone.
 
         Args:
             active: the chosen tokens, P + K of them.
-            glanced: `glance` of all tokens.
+            scored: `scoring_qkv` of all tokens.
             rows: (B, P + K) int64, where they stood among all.
         """
-        return take_qkv(glanced, rows)
+        return take_qkv(scored, rows)
 
     @final
     def attend(self, tokens: Tokens, bias: Tensor | None = None) -> tuple[Tokens, QKV]:
@@ -157,6 +158,19 @@ class Backbone(ABC):
         """Return the normed features (B, P + N, C) of the host's own forward: the truth to compare with."""
 
     @abstractmethod
+    def bypassed(self) -> Iterator[nn.Module]:
+        """Return the modules whose forward is never called, as the views call what is inside them.
+
+        The host is one, its blocks and their attentions are.
+        """
+
+    @final
+    def expect_unsharded(self) -> None:
+        """Raise `EvoViTError` where a module that is never called is sharded."""
+        for module in self.bypassed():
+            expect_unsharded(module, f"The host's {type(module).__name__.removeprefix('FSDP')}")
+
+    @abstractmethod
     def check_structure(self) -> None:
         """Raise `EvoViTError` where the host holds a part that this adapter does not know."""
 
@@ -180,9 +194,27 @@ def mixed_values(qkv: QKV, bias: Tensor | None, mix: Mix | None, dropout: float)
     return mix(qkv, bias)
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Tell whether a call of the module does more than its class says: hooks, or a forward of its own."""
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    backward = module._backward_pre_hooks or module._backward_hooks
+    return bool(before or after or backward or "forward" in module.__dict__)
+
+
+def expect_unsharded(module: nn.Module, what: str) -> None:
+    """Raise `EvoViTError` if `fully_shard` was applied to a module that is never called (FSDP2)."""
+    if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+        raise EvoViTError(
+            f"{what} is sharded by fully_shard, which gathers weights as a module is called, while evovit "
+            "calls those inside it; shard the reduced model as a whole, fully_shard(reduced), or modules "
+            "inside the blocks, such as mlp."
+        )
+
+
 def expect_class(module: nn.Module, known: Iterable[str], what: str) -> None:
     """Raise `EvoViTError` if the class of `module` is none of those whose forward an adapter re-states."""
     if type(module).__name__ not in known:
+        expect_unsharded(module, what)
         raise EvoViTError(
             f"{what} is a {type(module).__name__}, which this version of evovit does not support (supported: "
             f"{', '.join(sorted(known))}); use a host with these, or extend the adapter "
@@ -206,6 +238,19 @@ def expect_parts(module: nn.Module, known: Iterable[str], what: str) -> None:
             "not know and would ignore; use a library version evovit was checked with, or extend the adapter "
             "(docs/adding_a_backbone.md)."
         )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode; each gets its own mode back."""
+    training = {id(module) for module in model.modules() if module.training}
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()  # a host that caches weights for evaluation, as LeViT does, lets go of them
+        for module in model.modules():
+            module.training = id(module) in training
 
 
 def raster_tokens(x: Tensor, num_prefix: int, grid: tuple[int, int]) -> Tokens:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from evovit.backbones import adapter
 from evovit.backbones.base import Backbone, BackboneSpec, Stage, expect_parts, raster_tokens
-from evovit.backbones.timm_levit import check_stages, levit_stages
+from evovit.backbones.timm_levit import bypassed_in_stages, check_stages, levit_stages
 from evovit.tokens import Tokens
 
 HEADS = {"distilled": "head_dist", "class_token": "head_cls", "class_token_distilled": "head_cls_dist"}
@@ -60,6 +60,10 @@ class LevitClsBackbone(Backbone):
 
     def host_features(self, images: Tensor) -> Tensor:
         return self.model.forward_features(images)  # type: ignore[no-any-return]
+
+    def bypassed(self) -> Iterator[nn.Module]:
+        yield self.model
+        yield from bypassed_in_stages(self.model)
 
     def check_structure(self) -> None:
         known = ("stem", "cls_token", "pos_embed", "stages", "head", *HEADS.values())

@@ -15,7 +15,7 @@ class LVViTView(TimmViT):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.head_reads_patches = self.model.aux_weight > 0
+        self.head_reads_patches = self.model.aux_weight > 0 and self.model.num_classes > 0
 
     def masked_head(self, features: Tensor, mask: Tensor) -> Tensor:
         return self.model.forward_head(features, mask=mask)  # type: ignore[no-any-return]

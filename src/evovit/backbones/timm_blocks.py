@@ -5,12 +5,13 @@ Checked with timm 1.0.26 to 1.0.31. Each view calls the host's modules in the or
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evovit.backbones.base import Block, Mix, expect_class, expect_parts, mixed_values
+from evovit.backbones.base import Block, Mix, expect_class, expect_parts, is_hooked, mixed_values
 from evovit.ops.select import take_heads
 from evovit.tokens import QKV, Tokens
 
@@ -29,7 +30,7 @@ def fused_qkv(attn: Any, x: Tensor) -> QKV:
     q, k, v = (
         attn.qkv(x).reshape(batch, rows, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
     )
-    return QKV(attn.q_norm(q), attn.k_norm(k), v, attn.scale, side=output_gate(attn, x))
+    return QKV(attn.q_norm(q), attn.k_norm(k), v, attn.scale, extra=output_gate(attn, x))
 
 
 def part_of_qkv(attn: Any, x: Tensor, part: int) -> Tensor:
@@ -51,7 +52,7 @@ def attention_output(attn: Any, qkv: QKV, bias: Tensor | None, mix: Mix | None =
     """Return the attention's output (B, T, C), before LayerScale and drop path."""
     x = mixed_values(qkv, bias, mix, attn.attn_drop.p if attn.training else 0.0)
     x = attn.norm(x.transpose(1, 2).flatten(2))  # (B, T, H * D)
-    x = x if qkv.side is None else x * qkv.side
+    x = x if qkv.extra is None else x * qkv.extra
     return attn.proj_drop(attn.proj(x))  # type: ignore[no-any-return]
 
 
@@ -73,6 +74,11 @@ class PreNormBlock(Block):
         expect_parts(self.block, self.parts, f"Block {self.number}")
         check_attention(self.block.attn, f"The attention of block {self.number}")
 
+    def bypassed(self) -> Iterator[nn.Module]:
+        """Return the modules whose forward is never called."""
+        attn = self.block.attn
+        yield from (self.block, attn, attn.attn_drop)
+
     def before(self, x: Tensor) -> Tensor:
         """Return what the attention's projection reads, (B, T, C)."""
         return self.block.norm1(x)  # type: ignore[no-any-return]
@@ -80,20 +86,20 @@ class PreNormBlock(Block):
     def qkv(self, tokens: Tokens) -> QKV:
         return fused_qkv(self.block.attn, self.before(tokens.x))
 
-    def glance(self, tokens: Tokens) -> QKV:
+    def scoring_qkv(self, tokens: Tokens) -> QKV:
         attn, x = self.block.attn, self.before(tokens.x)
-        if type(attn.qkv) is not nn.Linear:  # adapted or quantised: its rows cannot be used one by one
+        if type(attn.qkv) is not nn.Linear or is_hooked(attn.qkv):  # its rows are not to be had one by one
             return fused_qkv(attn, x)
         q = attn.q_norm(part_of_qkv(attn, x[:, : tokens.num_prefix], 0))
         k = attn.k_norm(part_of_qkv(attn, x, 1))
         return QKV(q, k, k[:, :, :0], attn.scale)
 
-    def focus(self, active: Tokens, glanced: QKV, rows: Tensor) -> QKV:
-        if glanced.v.shape[2]:
-            return super().focus(active, glanced, rows)
+    def qkv_of_rows(self, active: Tokens, scored: QKV, rows: Tensor) -> QKV:
+        if scored.v.shape[2]:
+            return super().qkv_of_rows(active, scored, rows)
         attn, x = self.block.attn, self.before(active.x)
         q, v = attn.q_norm(part_of_qkv(attn, x, 0)), part_of_qkv(attn, x, 2)
-        return QKV(q, take_heads(glanced.k, rows), v, attn.scale, side=output_gate(attn, x))
+        return QKV(q, take_heads(scored.k, rows), v, attn.scale, extra=output_gate(attn, x))
 
     def attention(
         self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None, mix: Mix | None = None

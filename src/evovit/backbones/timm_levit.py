@@ -5,7 +5,7 @@ For methods that keep the grid: attention sub-samples it between stages. Checked
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,6 +38,19 @@ def check_stages(host: Any) -> None:
         for block in view.blocks:
             if isinstance(block, LevitBlock):
                 block.check()
+
+
+def bypassed_in_stages(host: Any) -> Iterator[nn.Module]:
+    """Return the modules of a LeViT's stages whose forward is never called."""
+    yield host.stages
+    for stage in host.stages:
+        yield from (stage, stage.downsample, stage.blocks)
+        for block in stage.blocks:
+            yield from (block, block.attn)
+        if not isinstance(stage.downsample, nn.Identity):
+            asking = stage.downsample.attn_downsample.q
+            yield from (stage.downsample.attn_downsample, asking)
+            yield from (part for name, part in asking.named_children() if name == "down")
 
 
 @adapter("timm.models.levit.Levit")
@@ -99,6 +112,10 @@ class TimmLevit(Backbone):
 
     def host_features(self, images: Tensor) -> Tensor:
         return self.model.forward_features(images)  # type: ignore[no-any-return]
+
+    def bypassed(self) -> Iterator[nn.Module]:
+        yield self.model
+        yield from bypassed_in_stages(self.model)
 
     def check_structure(self) -> None:
         expect_parts(self.model, ("stem", "stages", "head", "head_dist"), "The host")

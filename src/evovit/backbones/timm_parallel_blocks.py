@@ -5,8 +5,10 @@ Checked with timm 1.0.26 to 1.0.31. Each view calls the host's modules in the or
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evovit.backbones.base import Block, Mix, expect_parts, mixed_values
 from evovit.backbones.timm_blocks import PreNormBlock, attention_output, check_attention, fused_qkv
@@ -17,7 +19,7 @@ class ParallelThingsBlock(PreNormBlock):
     """`ParallelThingsBlock`: several attentions summed, then several FFNs; all heads stand side by side."""
 
     parts = ("attns", "ffns")
-    glance, focus = Block.glance, Block.focus
+    scoring_qkv, qkv_of_rows = Block.scoring_qkv, Block.qkv_of_rows
 
     @property
     def num_heads(self) -> int:
@@ -29,22 +31,29 @@ class ParallelThingsBlock(PreNormBlock):
             expect_parts(branch, ("norm", "attn", "ls", "drop_path"), f"A branch of block {self.number}")
             check_attention(branch.attn, f"An attention of block {self.number}")
 
+    def bypassed(self) -> Iterator[nn.Module]:
+        yield self.block
+        for branch in self.block.attns:
+            yield from (branch, branch.attn, branch.attn.attn_drop)
+
     def qkv(self, tokens: Tokens) -> QKV:
         each = [fused_qkv(branch.attn, branch.norm(tokens.x)) for branch in self.block.attns]
         q, k, v = (torch.cat(part, dim=1) for part in zip(*((e.q, e.k, e.v) for e in each), strict=True))
         gate = (
-            None if each[0].side is None else torch.cat([e.side for e in each if e.side is not None], dim=-1)
+            None
+            if each[0].extra is None
+            else torch.cat([e.extra for e in each if e.extra is not None], dim=-1)
         )
-        return QKV(q, k, v, each[0].scale, side=gate)
+        return QKV(q, k, v, each[0].scale, extra=gate)
 
     def attention(
         self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None, mix: Mix | None = None
     ) -> Tokens:
         count, out = len(self.block.attns), []
-        gates = [None] * count if qkv.side is None else qkv.side.chunk(count, dim=-1)
+        gates = [None] * count if qkv.extra is None else qkv.extra.chunk(count, dim=-1)
         heads = zip(qkv.q.chunk(count, 1), qkv.k.chunk(count, 1), qkv.v.chunk(count, 1), gates, strict=True)
         for branch, (q, k, v, gate) in zip(self.block.attns, heads, strict=True):
-            y = attention_output(branch.attn, QKV(q, k, v, qkv.scale, side=gate), bias, mix)
+            y = attention_output(branch.attn, QKV(q, k, v, qkv.scale, extra=gate), bias, mix)
             out.append(branch.drop_path(branch.ls(y)))
         return tokens.with_x(tokens.x + torch.stack(out).sum(0))
 
@@ -59,7 +68,7 @@ class ParallelScalingBlock(PreNormBlock):
         *("in_norm", "in_proj", "mlp_bias", "q_norm", "k_norm", "attn_drop", "mlp_drop", "mlp_act"),
         *("out_proj", "attn_out_proj", "mlp_out_proj", "ls", "drop_path"),
     )
-    glance, focus = Block.glance, Block.focus
+    scoring_qkv, qkv_of_rows = Block.scoring_qkv, Block.qkv_of_rows
 
     @property
     def num_heads(self) -> int:
@@ -68,20 +77,23 @@ class ParallelScalingBlock(PreNormBlock):
     def check(self) -> None:
         expect_parts(self.block, self.parts, f"Block {self.number}")
 
+    def bypassed(self) -> Iterator[nn.Module]:
+        yield from (self.block, self.block.attn_drop)
+
     def qkv(self, tokens: Tokens) -> QKV:
         block = self.block
         hidden, q, k, v = block.in_proj(block.in_norm(tokens.x)).split(block.in_split, dim=-1)
         hidden = hidden if block.mlp_bias is None else hidden + block.mlp_bias
         q, k, v = (y.unflatten(-1, (block.num_heads, block.head_dim)) for y in (q, k, v))
         q, k = block.q_norm(q), block.k_norm(k)
-        return QKV(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block.scale, side=hidden)
+        return QKV(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block.scale, extra=hidden)
 
     def attention(
         self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None, mix: Mix | None = None
     ) -> Tokens:
         block, dropout = self.block, self.block.attn_drop.p if self.block.training else 0.0
         x = mixed_values(qkv, bias, mix, dropout)
-        x, hidden = x.transpose(1, 2).flatten(2), block.mlp_drop(block.mlp_act(qkv.side))
+        x, hidden = x.transpose(1, 2).flatten(2), block.mlp_drop(block.mlp_act(qkv.extra))
         if block.out_proj is not None:
             y = block.out_proj(torch.cat((x, hidden), dim=-1))
         else:

@@ -5,7 +5,7 @@ Checked with timm 1.0.26 to 1.0.31.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -67,6 +67,11 @@ class TimmEva(Backbone):
 
     def host_features(self, images: Tensor) -> Tensor:
         return self.model.forward_features(images)  # type: ignore[no-any-return]
+
+    def bypassed(self) -> Iterator[nn.Module]:
+        yield from (self.model, self.model.blocks)
+        for block in self.blocks():
+            yield from block.bypassed()
 
     def check_structure(self) -> None:
         expect_parts(self.model, (*HOST_PARTS, "rope"), "The host")

@@ -6,11 +6,11 @@ Checked with timm 1.0.26 to 1.0.31. Each view calls the host's modules in the or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evovit.backbones.base import Block, Mix, expect_class, expect_parts
@@ -74,7 +74,7 @@ def rope_qkv(attn: Any, x: Tensor, tokens: Tokens, table: Tensor | None) -> QKV:
     groups = attn.num_heads // k.shape[1]
     if groups > 1:  # grouped queries: K < H heads of keys and values
         k, v = (y.repeat_interleave(groups, dim=1) for y in (k, v))
-    return QKV(q, k, v, attn.scale, side=output_gate(attn, x))
+    return QKV(q, k, v, attn.scale, extra=output_gate(attn, x))
 
 
 class EvaBlock(Block):
@@ -98,6 +98,11 @@ class EvaBlock(Block):
         expect_parts(self.block, self.parts, f"Block {self.number}")
         expect_class(self.block.attn, ("EvaAttention", "AttentionRope"), what)
         expect_parts(self.block.attn, ROPE_ATTENTION_PARTS, what)
+
+    def bypassed(self) -> Iterator[nn.Module]:
+        """Return the modules whose forward is never called."""
+        attn = self.block.attn
+        yield from (self.block, attn, attn.attn_drop)
 
     def qkv(self, tokens: Tokens) -> QKV:
         return rope_qkv(self.block.attn, self.block.norm1(tokens.x), tokens, self.table)

@@ -35,6 +35,7 @@ class Method(nn.Module, ABC):
     keep_all: ClassVar[dict[str, Any]] = {}  # options under which nothing is reduced: the host, exactly
     example: ClassVar[dict[str, Any]] = {}  # options that reduce a host of four blocks
     schedule: KeepSchedule  # of a method that keeps a set share of tokens
+    reduction: float = 1.0  # share in force of what the options say, see `set_reduction`
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Options):
@@ -52,6 +53,11 @@ class Method(nn.Module, ABC):
         self.config, self.spec = config, spec
         self.class_head: ClassTokenHead | None = None
         self.full_schedule: KeepSchedule | None = None  # `schedule` as first given, once `set_reduction` ran
+
+    def extra_repr(self) -> str:
+        """Return the options in force."""
+        config = self.current_config()
+        return ", ".join(f"{name}={getattr(config, name)!r}" for name in config.__dataclass_fields__)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in getattr(self.Config, "__dataclass_fields__", {}) and not hasattr(type(self), name):
@@ -88,7 +94,11 @@ class Method(nn.Module, ABC):
 
     def current_config(self) -> Any:
         """Return the options under which a fresh method does what this one does now."""
-        return self.config
+        return self.config if self.reduction == 1 else replace(self.config, keep_ratio=self.ratios_now())
+
+    def ratios_now(self) -> tuple[float, ...]:
+        """Return the list that the option `keep_ratio` would be now; default: one per block."""
+        return self.schedule.ratios
 
     def losses(self, outputs: Any, teacher: Any) -> dict[str, Tensor]:
         """Return further terms of the training loss by name, weighted; default: none.
@@ -106,7 +116,7 @@ class Method(nn.Module, ABC):
         """Reduce only this share of what the options say, for late starts and ramps; 0: nothing, 1: all."""
         if "schedule" not in vars(self):
             raise EvoViTError(f"{type(self).__name__} has no keep ratio that could start late or ramp.")
-        self.full_schedule = self.full_schedule or self.schedule
+        self.full_schedule, self.reduction = self.full_schedule or self.schedule, share
         ratios = tuple(1 - share * (1 - ratio) for ratio in self.full_schedule.ratios)
         self.schedule = self.full_schedule if share == 1 else replace(self.full_schedule, ratios=ratios)
 
@@ -130,16 +140,18 @@ class ClassTokenHead(nn.Module):
 
     def __init__(self, spec: BackboneSpec) -> None:
         super().__init__()
-        self.norm_cls = nn.LayerNorm(spec.dims[-1], eps=1e-6)
-        self.head_cls = nn.Linear(spec.dims[-1], spec.num_classes)
+        self.dim = spec.dims[-1]
+        self.norm_cls = nn.LayerNorm(self.dim, eps=1e-6)
+        self.head_cls: nn.Module = nn.Identity()
         self.reset(spec.num_classes)
 
     def reset(self, num_classes: int) -> None:
-        """Start a fresh classifier for `num_classes`."""
-        old = self.head_cls.weight
-        self.head_cls = nn.Linear(self.head_cls.in_features, num_classes, device=old.device, dtype=old.dtype)
-        nn.init.trunc_normal_(self.head_cls.weight, std=0.02)
-        nn.init.zeros_(self.head_cls.bias)
+        """Start a fresh classifier for `num_classes`; 0: features pass."""
+        self.head_cls = nn.Identity()
+        if num_classes > 0:
+            self.head_cls = linear = nn.Linear(self.dim, num_classes).to(self.norm_cls.weight)
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Return logits (B, classes)."""

@@ -19,7 +19,7 @@ from evovit.methods import register
 from evovit.methods.base import Method, check_blocks
 from evovit.ops.distance import kept_distance, logit_divergence
 from evovit.ops.mask import gumbel_keep, gumbel_noise, masked_attention
-from evovit.ops.select import split_top, take, with_prefix
+from evovit.ops.select import keep_rows, split_top
 from evovit.options import Number, Ratio, Weight, option
 from evovit.schedule import KeepSchedule
 from evovit.tokens import Tokens
@@ -95,6 +95,9 @@ class DynamicViT(Method):
         self.learns_from_teacher = config.logit_weight > 0 or config.token_weight > 0
         self.score_predictor = nn.ModuleList(ScorePredictor(spec.dims[-1]) for _ in config.blocks)
 
+    def ratios_now(self) -> tuple[float, ...]:
+        return tuple(self.schedule.ratios[number] for number in self.config.blocks)
+
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
         if not self.training:
             return block(self.drop(tokens, block.number))
@@ -114,9 +117,7 @@ class DynamicViT(Method):
         keep = self.schedule.count(number, tokens.num_cells)
         if keep is None or keep >= tokens.num_patches:
             return tokens
-        rows = split_top(self.scores(tokens, number)[..., 0], keep).rows
-        x = take(tokens.x, with_prefix(rows, tokens.num_prefix))
-        return tokens.change(x=x, index=tokens.index.gather(1, rows))
+        return keep_rows(tokens, split_top(self.scores(tokens, number)[..., 0], keep).rows)
 
     def sample(self, tokens: Tokens, number: int) -> Tokens:
         """Mask tokens out at random, by their scores; who is out stays out (training)."""

@@ -7,10 +7,11 @@ their attention, or dropped. No new parameters.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from operator import mul
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from evovit.errors import EvoViTError, check_count
 from evovit.methods import register
 from evovit.methods.base import Method, check_blocks, require_class_token
 from evovit.ops.score import attention_column_mean, class_attention
-from evovit.ops.select import split_top, take, with_prefix
+from evovit.ops.select import keep_rows, split_top
 from evovit.ops.update import weighted_sum
 from evovit.options import Count, Number, Ratio, Share, option
 from evovit.schedule import KeepSchedule, per_block
@@ -70,17 +71,17 @@ class EViT(Method):
             check_count("keep", keep, 1, math.prod(spec.grid))
         if config.shrink is not None and not config.shrink[0] < config.shrink[1]:
             raise EvoViTError(f"shrink is {config.shrink!r}; give two rising shares of the training, 0 to 1.")
+        self.ratios = self.keep_ratios  # in force now
         if config.keep is None:
-            self.schedule = self.schedule_at(1.0)
+            self.reduce_to(self.keep_ratios)
 
-    def schedule_at(self, progress: float) -> KeepSchedule:
-        """Return the schedule when `progress`, 0 to 1, of the keep ratio's fall is done: half a cosine."""
-        ease = (math.cos(math.pi * progress) + 1) / 2
-        now = [ratio + (1 - ratio) * ease for ratio in self.keep_ratios]
-        initial = self.config.counts == "initial"
-        by_block = dict(zip(self.config.blocks, accumulate(now, mul) if initial else now, strict=True))
-        ratios = tuple(by_block.get(number, 1.0) for number in range(self.spec.depth))
-        return KeepSchedule(ratios, rounding=int if initial else math.ceil)
+    def reduce_to(self, ratios: Iterable[float]) -> None:
+        """Keep these shares of the tokens present, one per reducing block."""
+        self.ratios, initial = tuple(ratios), self.config.counts == "initial"
+        shares = accumulate(self.ratios, mul) if initial else self.ratios
+        by_block = dict(zip(self.config.blocks, shares, strict=True))
+        by_number = tuple(by_block.get(number, 1.0) for number in range(self.spec.depth))
+        self.schedule = KeepSchedule(by_number, rounding=int if initial else math.ceil)
 
     def count(self, number: int, tokens: Tokens) -> int | None:
         """Return how many patch tokens block `number` keeps, the fused one not counted; None for all."""
@@ -107,14 +108,29 @@ class EViT(Method):
             score: (B, N) class attention; it weighs the fused token as it stands, as in the official code.
         """
         split = split_top(score, keep)
-        x = take(tokens.x, with_prefix(split.rows, tokens.num_prefix))
-        index = tokens.index.gather(1, split.rows)
-        if self.config.fuse:
-            x = torch.cat((x, weighted_sum(tokens.patches, score, split.kept)), dim=1)
-            index = nn.functional.pad(index, (0, 1), value=-1)
-        return tokens.change(x=x, index=index)
+        kept = keep_rows(tokens, split.rows)
+        if not self.config.fuse:
+            return kept
+        x = torch.cat((kept.x, weighted_sum(tokens.patches, score, split.kept)), dim=1)
+        return kept.change(x=x, index=nn.functional.pad(kept.index, (0, 1), value=-1))
 
     def set_progress(self, fraction: float) -> None:
         if self.config.shrink is not None:
             start, end = self.config.shrink
-            self.schedule = self.schedule_at(min(1.0, max(0.0, (fraction - start) / (end - start))))
+            progress = min(1.0, max(0.0, (fraction - start) / (end - start)))
+            ease = (math.cos(math.pi * progress) + 1) / 2  # half a cosine
+            self.reduce_to(ratio + (1 - ratio) * ease for ratio in self.keep_ratios)
+
+    def set_reduction(self, share: float) -> None:
+        if self.config.shrink is not None:
+            raise EvoViTError(
+                f"shrink, {self.config.shrink!r}, already lowers EViT's keep ratio over the training, as "
+                "run.reduce_from_epoch and reduce_ramp_epochs would; choose one."
+            )
+        super().set_reduction(share)  # refuses explicit counts
+        self.reduce_to(ratio if share == 1 else 1 - share * (1 - ratio) for ratio in self.keep_ratios)
+
+    def current_config(self) -> Any:
+        if self.ratios == self.keep_ratios:
+            return self.config
+        return replace(self.config, keep_ratio=self.ratios, shrink=None)

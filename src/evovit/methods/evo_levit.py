@@ -19,8 +19,8 @@ from evovit.backbones.timm_levit_blocks import LevitEntry, even_cells
 from evovit.errors import EvoViTError, check_choice
 from evovit.methods import register
 from evovit.methods.base import Method, require_class_token
-from evovit.ops.score import attention_column_mean, class_attention, evolve
-from evovit.ops.slow_fast import Waiting, part, rejoin, score_awake
+from evovit.ops.score import attention_column_mean, class_attention, running_score
+from evovit.ops.slow_fast import Waiting, bring_back, score_awake, set_aside
 from evovit.options import Number, Ratio, Share, option
 from evovit.schedule import KeepSchedule
 from evovit.tokens import QKV, Tokens
@@ -83,17 +83,18 @@ class EvoLeViT(Method):
         if not all(stage.enter is None or isinstance(stage.enter, LevitEntry) for stage in stages):
             raise EvoViTError("Evo-LeViT needs a host that down-samples by attention, as LeViT does.")
         if self.training:  # a trade-off on which no selection depends gets a gradient too, zero
-            idle = torch.stack([p.sum() for p in self.parameters()]).sum() * 0.0
+            every = (*self.learn_tradeoff, *self.enter_tradeoff)  # replicas have no `parameters()`
+            idle = torch.stack([p.sum() for p in every]).sum() * 0.0
             tokens = tokens.with_x(tokens.x + idle.to(tokens.x.dtype))
         return tokens.change(carry=Waiting())
 
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
         number = block.number
         if self.selects(number):
-            tokens = rejoin(tokens)
+            tokens = bring_back(tokens)
             keep = self.schedule.count(number, tokens.num_cells)
             if keep is not None:
-                tokens = part(tokens, tokens.carry.score, keep, self.config.fast_update)
+                tokens = set_aside(tokens, tokens.carry.score, keep, self.config.fast_update)
         tokens, qkv = block.attend(tokens)
         if self.is_read(number):
             trade_off = self.old_weight(self.learn_tradeoff[number])
@@ -103,7 +104,7 @@ class EvoLeViT(Method):
     def enter_stage(self, stage: Stage, tokens: Tokens) -> Tokens:
         if not isinstance(stage.enter, LevitEntry):
             return tokens
-        tokens, number = rejoin(tokens), stage.blocks[0].number
+        tokens, number = bring_back(tokens), stage.blocks[0].number
         grid, old = tokens.grid, tokens.carry.score
         tokens, qkv = stage.enter.attend(tokens)
         if not self.is_read(number - 1):
@@ -111,12 +112,12 @@ class EvoLeViT(Method):
         stride = stage.enter.stride
         new = even_cells(self.measure(qkv, tokens), grid, stride)
         trade_off = self.old_weight(self.enter_tradeoff[self.firsts.index(number) - 1])
-        score = evolve(even_cells(old, grid, stride), new, trade_off)
+        score = running_score(even_cells(old, grid, stride), new, trade_off)
         total = old.sum(-1, keepdim=True)  # stays what it was, so that old and new scores compare
         return tokens.change(carry=Waiting(score * (total / score.sum(-1, keepdim=True))))
 
     def finish(self, tokens: Tokens) -> Tokens:
-        return rejoin(tokens)
+        return bring_back(tokens)
 
     def selects(self, number: int) -> bool:
         """Tell whether tokens are selected anew before block `number`."""
@@ -140,7 +141,7 @@ class EvoLeViT(Method):
         return (-learnt.float()).sigmoid() if self.learns else self.config.trade_off
 
     def current_config(self) -> Any:
-        return replace(self.config, mode=self.mode, learn_trade_off=self.learns)
+        return replace(super().current_config(), mode=self.mode, learn_trade_off=self.learns)
 
     def set_progress(self, fraction: float) -> None:
         if self.config.switch_at is not None:

@@ -6,6 +6,7 @@ take the residuals of a representative token (eq. 5-7). Table 3's rungs and tabl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -17,7 +18,7 @@ from evovit.errors import EvoViTError, check_choice, check_count
 from evovit.methods import register
 from evovit.methods.base import ClassTokenHead, Method, require_class_token
 from evovit.ops.score import attention_column_mean, class_attention, random_score
-from evovit.ops.slow_fast import Waiting, part, rejoin, score_awake
+from evovit.ops.slow_fast import Waiting, bring_back, score_awake, set_aside
 from evovit.options import Count, Number, Ratio, Share, option
 from evovit.schedule import KeepSchedule, per_block
 from evovit.tokens import QKV, Tokens
@@ -55,7 +56,7 @@ class EvoViT(Method):
             True, "representative token, eq. 5 to 7; false: placeholders wait unchanged"
         )
         multiple_of: Annotated[int, Ge(1), Le(256)] = option(
-            1, "rows entering a reduced block are rounded to a multiple (8 suits tensor cores)"
+            1, "rows of a reduced block: its nearest multiple with half of the kept; 8 suits tensor cores"
         )
         selection: Selection = option("global", "class is eq. 3 without history")
         preserve: bool = option(True, "false: placeholders are dropped (table 3, naive selection)")
@@ -73,8 +74,12 @@ class EvoViT(Method):
             require_class_token(spec, f"selection={config.selection!r}", "'column_mean' or 'random'")
         if config.fast_update and not config.preserve:
             raise EvoViTError("fast_update updates the placeholders that preserve=False drops; turn one off.")
+        if config.assisted_head:
+            require_class_token(spec, "assisted_head=True", "assisted_head=False")
         check_count("stage_length", config.stage_length, 1, spec.depth)
         self.keeps_grid = config.preserve and config.rejoin_last
+        rows = math.prod(spec.grid) + spec.num_prefix
+        check_count("multiple_of", config.multiple_of, 1, rows, "rows of an unreduced block")
         start, multiple = config.start_block, config.multiple_of
         self.schedule = KeepSchedule.from_block(spec.depth, config.keep_ratio, start, multiple)
         trade_off = per_block(config.trade_off, spec.depth, "trade_off")
@@ -116,7 +121,7 @@ class EvoViT(Method):
         score = tokens.carry.score
         if self.config.selection == "random":
             score = random_score(tokens.index, None if self.training else number)
-        return part(tokens, score, keep, self.config.fast_update)
+        return set_aside(tokens, score, keep, self.config.fast_update)
 
     def rate(self, tokens: Tokens, qkv: QKV, number: int) -> Tokens:
         """Evolve the score of the tokens that took part (eq. 4), if a later selection reads it."""
@@ -132,7 +137,7 @@ class EvoViT(Method):
         state = tokens.carry
         if state.split is None or not self.config.preserve:
             return tokens.change(carry=Waiting(state.score if state.split is None else state.awake))
-        return rejoin(tokens)
+        return bring_back(tokens)
 
     def finish(self, tokens: Tokens) -> Tokens:
         if self.config.rejoin_last or tokens.carry.split is None:
@@ -141,7 +146,7 @@ class EvoViT(Method):
         return tokens.change(x=tokens.x[:, : tokens.num_prefix + count], index=tokens.index[:, :count])
 
     def current_config(self) -> Any:
-        return replace(self.config, mode=self.mode)
+        return replace(super().current_config(), mode=self.mode)
 
     def set_progress(self, fraction: float) -> None:
         if self.config.switch_at is not None:

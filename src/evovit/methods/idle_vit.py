@@ -19,9 +19,9 @@ from evovit.methods import register
 from evovit.methods.base import Method, require_class_token
 from evovit.ops.distance import feature_distance, head_mean_attention, logit_divergence, token_cut
 from evovit.ops.score import attention_column_mean, class_logit_mean
-from evovit.ops.select import put, split_top, take, take_qkv, with_prefix
+from evovit.ops.select import keep_rows, put, split_top, take, take_qkv, with_prefix
 from evovit.options import Count, Number, Ratio, Weight, option
-from evovit.schedule import KeepSchedule, per_block
+from evovit.schedule import KeepSchedule, check_start, per_block
 from evovit.tokens import QKV, Tokens
 
 Selection = Literal["class", "column_mean"]
@@ -62,8 +62,8 @@ class IdleViT(Method):
         keep_ratio: Ratio | tuple[Ratio, ...] = option(
             0.7, "r: groups keep r, r^2, ... of all; a list has one per block"
         )
-        start_block: Number = option(3, "first idle block, counted from 0")
-        group_length: Count = option(3, "blocks per power of r")
+        start_block: Number = option(3, "first idle block, counted from 0; a list has 1 before it")
+        group_length: Count = option(3, "blocks per power of r, where keep_ratio is a number")
         selection: Selection = option("class", "column_mean is for hosts without class token")
         cut: Cut = option("both", "parts of the token cut loss")
         cut_weight: Weight = option(20.0, "of the token cut loss, mean over idle blocks; 0 turns it off")
@@ -89,6 +89,7 @@ class IdleViT(Method):
             past = [number - config.start_block for number in range(spec.depth)]
             powers = [0 if n < 0 else n // config.group_length + 1 for n in past]
             ratios = tuple(config.keep_ratio**power for power in powers)
+        check_start(ratios, config.start_block)
         self.schedule = KeepSchedule(ratios, start=config.start_block)
 
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
@@ -98,15 +99,15 @@ class IdleViT(Method):
             return block(tokens)
         cut = self.training and self.config.cut_weight > 0
         whole = cut or self.config.selection != "class"  # the cut and the column mean read every query
-        seen = block.qkv(tokens) if whole else block.glance(tokens)
+        seen = block.qkv(tokens) if whole else block.scoring_qkv(tokens)
         split = split_top(SCORES[self.config.selection](seen, tokens.num_prefix), keep)
         rows = with_prefix(split.rows, tokens.num_prefix)
         cuts = tokens.carry.cuts if tokens.carry else ()
         if cut:
             cuts = (*cuts, self.token_cut(seen, split.kept, tokens.num_prefix))
-        state = Idle(rows, tokens.x, tokens.index, cuts)
-        active = tokens.change(x=take(tokens.x, rows), index=tokens.index.gather(1, split.rows), carry=state)
-        qkv = take_qkv(seen, rows) if whole else block.focus(active, seen, rows)
+        active = keep_rows(tokens, split.rows, rows)
+        active = active.change(carry=Idle(rows, tokens.x, tokens.index, cuts))
+        qkv = take_qkv(seen, rows) if whole else block.qkv_of_rows(active, seen, rows)
         return block.ffn(block.attention(active, qkv))
 
     def finish(self, tokens: Tokens) -> Tokens:

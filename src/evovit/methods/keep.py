@@ -14,7 +14,7 @@ from evovit.backbones.base import BackboneSpec, Block
 from evovit.methods import register
 from evovit.methods.base import Method, check_blocks, require_class_token
 from evovit.ops.score import attention_column_mean, class_attention, random_score
-from evovit.ops.select import even_rows, split_top, take, with_prefix
+from evovit.ops.select import even_rows, keep_rows, split_top
 from evovit.options import Number, Ratio, option
 from evovit.schedule import KeepSchedule
 from evovit.tokens import QKV, Tokens
@@ -49,13 +49,14 @@ class Keep(Method):
         check_blocks(config.blocks, spec.depth)
         self.schedule = KeepSchedule.at_blocks(spec.depth, config.keep_ratio, config.blocks)
 
+    def ratios_now(self) -> tuple[float, ...]:
+        return tuple(self.schedule.ratios[number] for number in self.config.blocks)
+
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
         tokens, qkv = block.attend(tokens)
         keep = self.schedule.count(block.number, tokens.num_cells)
         if keep is not None and keep < tokens.num_patches:
-            rows = self.rows(tokens, qkv, keep, block.number)
-            x = take(tokens.x, with_prefix(rows, tokens.num_prefix))
-            tokens = tokens.change(x=x, index=tokens.index.gather(1, rows))
+            tokens = keep_rows(tokens, self.rows(tokens, qkv, keep, block.number))
         return block.ffn(tokens)
 
     def rows(self, tokens: Tokens, qkv: QKV, keep: int, number: int) -> Tensor:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from annotated_types import Ge, Le
@@ -93,7 +93,13 @@ class ToMe(Method):
         """Give every grid cell its token: a head's mean of them is the size-weighted mean of ToMe."""
         return unmerge(tokens)
 
+    def current_config(self) -> Any:
+        most = math.prod(self.spec.grid)  # of the option; a block removes half of the tokens at most
+        now = {"r": tuple(min(removed, most) for removed in self.removed), "inflection": 0.0}
+        return self.config if self.reduction == 1 else replace(self.config, **now)
+
     def set_reduction(self, share: float) -> None:
+        self.reduction = share
         full = removed_per_block(self.config.r, self.config.inflection, self.spec)
         self.removed = tuple(int(share * removed) for removed in full)
 

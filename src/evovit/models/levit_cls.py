@@ -205,15 +205,15 @@ class LevitCls(nn.Module):
         return self.forward_head(self.forward_features(images))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give the model fresh heads for `num_classes`."""
+        """Give the model fresh heads for `num_classes`; 0: the heads pass features on."""
         if global_pool not in (None, "avg"):
             raise EvoViTError(f"global_pool is {global_pool!r}; LeViT's heads read the mean token: 'avg'.")
         self.num_classes = num_classes
         cls = ("head_cls", "head_cls_dist") if self.class_heads else ()
         for name in ("head", "head_dist", *cls):
             if self.distilled or not name.endswith("dist"):
-                fresh = NormLinear(self.num_features, num_classes).to(self.cls_token)
-                self.add_module(name, fresh.train(self.training))
+                fresh = NormLinear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+                self.add_module(name, fresh.to(self.cls_token).train(self.training))
 
     def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
         """Return the heads that predict."""

@@ -68,7 +68,7 @@ def attention_column_mean(qkv: QKV, num_prefix: int, count: int | None = None) -
     return total[:, _patches(num_prefix, count)] / qkv.q.shape[1]
 
 
-def evolve(old: Tensor | None, new: Tensor, trade_off: float | Tensor) -> Tensor:
+def running_score(old: Tensor | None, new: Tensor, trade_off: float | Tensor) -> Tensor:
     """Return trade_off * old + (1 - trade_off) * new (Evo-ViT eq. 4); `new` if there is no old."""
     if old is None or (not isinstance(trade_off, Tensor) and trade_off == 0):
         return new

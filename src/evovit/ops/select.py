@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from evovit.tokens import QKV
+from evovit.tokens import QKV, Tokens
 
 COUNTED = 1024  # up to so many tokens a GPU counts who is ahead: N^2 comparisons; not timed yet
 
@@ -78,6 +78,19 @@ def with_prefix(rows: Tensor, num_prefix: int) -> Tensor:
     return torch.cat((prefix, rows + num_prefix), dim=1)
 
 
+def keep_rows(tokens: Tokens, rows: Tensor, among_all: Tensor | None = None) -> Tokens:
+    """Return the prefix and the patch tokens `rows` (B, K) alone; each keeps its place, size and mask.
+
+    Args:
+        among_all: `with_prefix` of the rows, where it is at hand.
+    """
+    among_all = with_prefix(rows, tokens.num_prefix) if among_all is None else among_all
+    index, size, mask = (
+        None if each is None else each.gather(1, rows) for each in (tokens.index, tokens.size, tokens.mask)
+    )
+    return tokens.change(x=take(tokens.x, among_all), index=index, size=size, mask=mask)
+
+
 def take_heads(x: Tensor, rows: Tensor) -> Tensor:
     """Return the rows `rows` (B, K) of queries, keys or values x (B, H, T, D), as (B, H, K, D)."""
     return x.gather(2, rows[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
@@ -91,7 +104,7 @@ def take_qkv(qkv: QKV, rows: Tensor) -> QKV:
         bias = bias.expand(rows.shape[0], -1, -1, -1)
         bias = take_heads(bias, rows)
         bias = bias.gather(3, rows[:, None, None, :].expand(-1, bias.shape[1], rows.shape[1], -1))
-    return QKV(q, k, v, qkv.scale, bias, None if qkv.side is None else take(qkv.side, rows))
+    return QKV(q, k, v, qkv.scale, bias, None if qkv.extra is None else take(qkv.extra, rows))
 
 
 def even_rows(index: Tensor, keep: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Slow-fast token evolution between blocks (Evo-ViT, eq. 4 to 7): who goes on, who waits, how they rejoin."""
+"""Slow-fast token evolution between blocks (Evo-ViT, eq. 4 to 7): who goes on, who waits, how they return."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evovit.ops.score import evolve
-from evovit.ops.select import Split, put, split_top, take, with_prefix
+from evovit.ops.score import running_score
+from evovit.ops.select import Split, keep_rows, put, split_top, with_prefix
 from evovit.ops.update import representative
 from evovit.tokens import Tokens
 
@@ -30,7 +30,7 @@ class Waiting(NamedTuple):
         return None if self.awake is None else self.awake.shape[1]
 
 
-def part(tokens: Tokens, score: Tensor, keep: int, summarise: bool) -> Tokens:
+def set_aside(tokens: Tokens, score: Tensor, keep: int, summarise: bool) -> Tokens:
     """Let the `keep` best patch tokens go on, in raster order; the placeholders wait.
 
     Args:
@@ -39,12 +39,12 @@ def part(tokens: Tokens, score: Tensor, keep: int, summarise: bool) -> Tokens:
     """
     split = split_top(score, keep)
     rows = with_prefix(split.rows, tokens.num_prefix)
-    x, index, summary = take(tokens.x, rows), tokens.index.gather(1, split.rows), None
+    active, summary = keep_rows(tokens, split.rows, rows), None
     if summarise:
-        x = torch.cat((x, representative(tokens.patches, score, split.kept)), 1)
-        summary, index = x[:, -1:], F.pad(index, (0, 1), value=-1)
+        x = torch.cat((active.x, representative(tokens.patches, score, split.kept)), 1)
+        summary, active = x[:, -1:], active.change(x=x, index=F.pad(active.index, (0, 1), value=-1))
     awake = score.gather(1, split.rows)
-    return tokens.change(x=x, index=index, carry=Waiting(score, split, rows, awake, tokens, summary))
+    return active.change(carry=Waiting(score, split, rows, awake, tokens, summary))
 
 
 def score_awake(tokens: Tokens, new: Tensor, trade_off: float | Tensor) -> Tokens:
@@ -56,11 +56,11 @@ def score_awake(tokens: Tokens, new: Tensor, trade_off: float | Tensor) -> Token
     """
     state: Waiting = tokens.carry
     if state.awake is None:
-        return tokens.change(carry=state._replace(score=evolve(state.score, new, trade_off)))
-    return tokens.change(carry=state._replace(awake=evolve(state.awake, new, trade_off)))
+        return tokens.change(carry=state._replace(score=running_score(state.score, new, trade_off)))
+    return tokens.change(carry=state._replace(awake=running_score(state.awake, new, trade_off)))
 
 
-def rejoin(tokens: Tokens) -> Tokens:
+def bring_back(tokens: Tokens) -> Tokens:
     """Put everyone back in raster order; placeholders take the representative token's change (eq. 7)."""
     state, num_prefix = tokens.carry, tokens.num_prefix
     if state.split is None:

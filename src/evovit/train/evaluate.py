@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from evovit.backbones.base import evaluating
 from evovit.data.images import Images
-from evovit.macs import evaluating
 from evovit.recipe.tables import Recipe
 from evovit.runtime.world import World
 

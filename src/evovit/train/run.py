@@ -70,7 +70,7 @@ def settle(model: nn.Module) -> None:
     """Let a method reduce as it does at the end of a training, ramps and switches done."""
     if isinstance(model, ReducedViT):
         model.method.set_progress(1.0)
-        if model.method.full_schedule is not None:
+        if model.method.reduction < 1:
             model.method.set_reduction(1.0)
 
 
