@@ -21,8 +21,8 @@ def quickstart(
     Both start from the same weights and see the same scenes in the same order: real handwritten digits among
     fragments of others. Given again after an interruption, it goes on where it stopped.
 
-    evovit quickstart
-    evovit quickstart --keep-ratio 0.3 --seed 1 --out runs/quick03
+    $ evovit quickstart
+    $ evovit quickstart --keep-ratio 0.3 --seed 1 --out runs/quick03
 
     Args:
         out: folder for results.json, report.html, the pictures and the two runs.

@@ -13,7 +13,7 @@ def report(
 ) -> None:
     """Lay runs of `evovit train` side by side: a row per recipe, mean and spread over its seeds.
 
-    evovit report runs/dense runs/table3_5_stage
+    $ evovit report runs/dense runs/table3_5_stage
 
     Args:
         runs: run folders, or folders of them.
