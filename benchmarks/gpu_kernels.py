@@ -32,7 +32,7 @@ from torch._subclasses import fake_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from evovit import reduce_tokens
-from evovit.commands.bench import parse_variants
+from evovit.bench.setting import parse_variants
 from evovit.ops import select
 
 ATEN = torch.ops.aten

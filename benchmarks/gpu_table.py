@@ -54,29 +54,31 @@ class Group(NamedTuple):
 
 
 GROUPS = (  # launch-bound batch 1 first: what a profiler leaves behind could slow launches
-    Group("batch-1", {"model": SMALL, "batch": 1, "modes": ("compiled", "graphs")}, (STAGE, LAYER_FAST)),
-    Group("DeiT-S", {"model": SMALL, "batch": 256, "modes": ("eager", "compiled")}, (*EVO.values(), NOTHING)),
-    Group("others", {"model": SMALL, "batch": 256, "modes": ("compiled",)}, (EVIT, TOME)),
+    Group("batch-1", {"model": SMALL, "batch": 1, "engines": ("compiled", "graphs")}, (STAGE, LAYER_FAST)),
+    Group(
+        "DeiT-S", {"model": SMALL, "batch": 256, "engines": ("eager", "compiled")}, (*EVO.values(), NOTHING)
+    ),
+    Group("others", {"model": SMALL, "batch": 256, "engines": ("compiled",)}, (EVIT, TOME)),
     Group(
         "train",
-        {"model": SMALL, "batch": 256, "modes": ("compiled",), "train": True},
+        {"model": SMALL, "batch": 256, "engines": ("compiled",), "train": True},
         (STAGE_FAST, LAYER_FAST),
     ),
-    Group("384", {"model": SMALL, "batch": 256, "modes": ("compiled",), "size": 384}, (STAGE, STAGE_FAST)),
-    Group("DeiT-B", {"model": BASE, "batch": 256, "modes": ("compiled",)}, tuple(EVO.values())),
+    Group("384", {"model": SMALL, "batch": 256, "engines": ("compiled",), "size": 384}, (STAGE, STAGE_FAST)),
+    Group("DeiT-B", {"model": BASE, "batch": 256, "engines": ("compiled",)}, tuple(EVO.values())),
 )
 
 
 def target(group: Group, row: Row) -> tuple[float, str] | None:
     """Return the least speed-up asked for (measurements.md, section 3) and whether it is met."""
     layer = row.options.get("mode") == "layer"
-    if row.method == "dense" or (row.mode == "eager") or row.speedup is None:
+    if row.method == "dense" or (row.engine == "eager") or row.speedup is None:
         return None
     if row.options.get("keep_ratio") == 1.0:
         least = 1 / 1.02
     elif group.name == "batch-1":
         least = 1.0
-        if row.mode != "graphs":
+        if row.engine != "graphs":
             return None
     elif group.name == "others":
         least = 1.50 if row.method == "tome" else 1.40
@@ -90,10 +92,10 @@ def target(group: Group, row: Row) -> tuple[float, str] | None:
 
 def compile_group(group: Group, setting: Setting) -> bool:
     """Compile a group for the cache on disk; return whether all of it worked, say on stderr what did not."""
-    once = replace(setting, modes=("compiled",), rounds=1)
+    once = replace(setting, engines=("compiled",), rounds=1)
     # A kernel's launch sizes, chosen by timing while other processes compute, are not for keeping.
     with inductor_config.patch(autotune_local_cache=False):
-        rows = measure(once, group.variants, Extras(count_macs=False, kernels=False))
+        rows = measure(once, group.variants, Extras(kernels=False))
     wrong = [f"{row.name}: {row.skipped}" for row in rows if row.skipped]
     if rows[0].batch != once.batch:
         wrong.append(f"batch {once.batch} did not fit beside the other groups")
@@ -125,7 +127,7 @@ def warm(groups: Sequence[Group], arguments: Sequence[str], limit: float = WARM_
 
 def line(group: Group, row: Row) -> str:
     """Return the row as printed."""
-    head = f"{group.name:8} {row.mode:9} {row.name:40}"
+    head = f"{group.name:8} {row.engine:9} {row.name:40}"
     if row.median_ms is None:
         return f"{head} skipped: {row.skipped}"
     memory = f"{row.peak_memory_mb or 0:7.0f} MB ({row.memory_ratio or 1:.2f})"
@@ -184,9 +186,7 @@ def main() -> None:
             failed = True
             continue
         try:
-            rows = measure(
-                setting, group.variants, Extras(count_macs=False), lambda text: print(f"  {text}", flush=True)
-            )
+            rows = measure(setting, group.variants, Extras(), lambda text: print(f"  {text}", flush=True))
         except Exception:  # the other groups still have their say
             traceback.print_exc()
             failed = True

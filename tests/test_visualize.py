@@ -12,6 +12,8 @@ from evovit.visualize import (
     kept_on_box,
     kept_patches,
     patches_on_box,
+    plain,
+    several_classes,
     shade,
 )
 
@@ -64,6 +66,19 @@ def test_models_side_by_side_are_one_picture_each_and_none_is_dark_without_place
     assert torch.equal(shown, images[0].permute(1, 2, 0))
     darkened = torch.from_numpy(panels[1].get_images()[0].get_array().data)
     assert torch.allclose(darkened[0, 7], images[0, :, 0, 7] * DIM)
+
+
+def test_images_of_as_many_classes_as_possible_are_chosen() -> None:
+    labels = torch.tensor([4, 4, 4, 2, 4, 2, 9])
+    assert several_classes(labels, 3) == [0, 3, 6] and several_classes(labels, 5) == [0, 3, 6, 1, 5]
+    assert several_classes(labels, 99) == [0, 3, 6, 1, 5, 2, 4]
+
+
+def test_a_name_in_a_picture_is_short_lines_of_plain_letters() -> None:
+    assert plain(r"$\frac$") == r"\$\frac\$"
+    assert plain("a\x1bb\nc") == "a b c"
+    lines = plain("a name " * 40).splitlines()
+    assert max(map(len, lines)) <= 24 and sum(map(len, lines)) <= 72 and lines[-1].endswith("...")
 
 
 def test_a_patch_is_on_the_box_if_its_centre_is() -> None:

@@ -23,7 +23,7 @@ def gmacs(model: nn.Module, image_shape: Sequence[int]) -> float:
         image_shape: (channels, height, width).
     """
     state = dict(model.named_parameters()) | dict(model.named_buffers())
-    on_meta = {name: tensor.to("meta") for name, tensor in state.items()}
+    on_meta = {name: tensor.detach().to("meta") for name, tensor in state.items()}
     kind = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32)
     images = torch.empty(1, *image_shape, device="meta", dtype=kind)
     with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:

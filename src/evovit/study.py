@@ -26,6 +26,7 @@ from evovit.runtime.world import World
 from evovit.train.build import colours_of, open_run
 from evovit.train.evaluate import evaluate
 from evovit.train.run import train_model
+from evovit.visualize import several_classes
 
 EQUAL = ("data", "run")  # tables that set the budget
 
@@ -131,29 +132,35 @@ def hold(contestant: Contestant, world: World, console: Console) -> Standing:
 def measure(found: Sequence[Standing], world: World, engine: str, batch: int, rounds: int) -> list[Row]:
     """Time the models in turn; the first is the dense one."""
     device = world.device.type
-    setting = Setting(model=found[0].name, device=device, batch=batch, modes=(engine,), rounds=rounds)
+    setting = Setting(model=found[0].name, device=device, batch=batch, engines=(engine,), rounds=rounds)
     shape = backbone_of(found[0].model).image_shape
     torch.compiler.reset()
     images = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(world.device)
     batches = [Batch(images, torch.zeros(batch, dtype=torch.int64, device=world.device))]
     measured = []
     for i, each in enumerate(found):
-        subject = prepare(each.model, (engine,), "fp32", batches, False, f"variant_{i}")[0]
-        if subject.step is None:
-            raise EvoViTError(f"{each.name} cannot be timed with engine {engine}: {subject.skipped}.")
+        timed_step = prepare(each.model, (engine,), "fp32", batches, False, f"variant_{i}")[0]
+        if timed_step.step is None:
+            raise EvoViTError(f"{each.name} cannot be timed with engine {engine}: {timed_step.skipped}.")
         variant = Variant(each.name if i else DENSE)
-        measured.append(Measured(variant, subject, gmacs(each.model, shape)))
+        measured.append(Measured(variant, timed_step, gmacs(each.model, shape)))
     interleave(measured, setting)
     return rows_of(setting, shape[-1], measured)
 
 
 def shown_images(recipe: Recipe, images: Images, model: nn.Module, world: World, count: int) -> Shown:
     """Return test images of a recipe, as many classes as possible among them, with their classes' names."""
-    batch, labels = next(iter(images.test(world)))
-    order = sorted(range(len(labels)), key=lambda i: (int((labels[:i] == labels[i]).sum()), i))[:count]
+    chosen, labels = torch.empty(0), torch.empty(0, dtype=torch.int64)
+    for batch, more in images.test(world):
+        labels = torch.cat([labels, more.cpu()])
+        chosen = torch.cat([chosen, batch.cpu()]) if len(chosen) else batch.cpu()
+        rows = several_classes(labels, count)
+        chosen, labels = chosen[rows], labels[rows]
+        if len({*labels.tolist()}) == min(count, images.num_classes):
+            break  # folders come class by class, so that one batch may hold one class only
     mean, std = (torch.tensor(part).view(3, 1, 1) for part in colours_of(recipe, model))
-    colours = (batch[order] * std + mean).clamp(0, 1)
-    return Shown(batch[order], colours, [images.class_names[label] for label in labels[order].tolist()])
+    titles = [images.class_names[label] for label in labels.tolist()]
+    return Shown(chosen, (chosen * std + mean).clamp(0, 1), titles)
 
 
 def digit_recipes(keep_ratio: float, data: dict[str, Any], run: dict[str, Any]) -> dict[str, Recipe]:

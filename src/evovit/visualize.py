@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DIM = 0.25  # brightness left of a patch that is not kept
+LINE, LONGEST = 24, 72  # characters of a name in a picture: of a line, of all
 
 
 class OnBox(NamedTuple):
@@ -87,6 +89,27 @@ def shade(image: Tensor, kept: Tensor) -> Tensor:
     return image * mask
 
 
+def several_classes(labels: Tensor, count: int) -> list[int]:
+    """Return the positions of `count` images, of as many classes as possible; earlier ones first.
+
+    Args:
+        labels: (n,) int64; all positions are returned where n is below `count`.
+    """
+    seen: dict[int, int] = {}
+    turns = []
+    for position, label in enumerate(labels.tolist()):
+        seen[label] = seen.get(label, 0) + 1
+        turns.append((seen[label], position))
+    return [position for _, position in sorted(turns)[:count]]
+
+
+def plain(name: str, line: int = LINE) -> str:
+    """Return a name as a picture's text: in short lines, cut where it is long, a dollar sign no formula."""
+    text = "".join(letter if letter.isprintable() else " " for letter in name)
+    text = text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+    return textwrap.fill(text, line).replace("$", r"\$")
+
+
 def draw_kept(
     images: Tensor, kept: Tensor, boxes: Tensor | None = None, titles: list[str] | None = None
 ) -> Figure:
@@ -113,7 +136,7 @@ def draw_kept(
             if i == 0 and block >= 0:
                 panel.set_title(f"block {block}", fontsize=8)
             if block < 0 and titles is not None:
-                panel.set_title(titles[i], fontsize=8)
+                panel.set_title(plain(titles[i]), fontsize=8)
             if boxes is not None:
                 left, top, right, bottom = boxes[i].tolist()
                 corner = (left - 0.5, top - 0.5)  # imshow centres pixel 0 on 0
@@ -143,5 +166,5 @@ def draw_side_by_side(images: Tensor, kept: dict[str, Tensor], titles: Sequence[
             panel.imshow(shown.permute(1, 2, 0).numpy())
             panel.set_axis_off()
             if i == 0 or panel is panels[i][0]:
-                panel.set_title(name, fontsize=8)
+                panel.set_title(plain(name), fontsize=8)
     return figure

@@ -1,4 +1,4 @@
-"""What needs a GPU: every mode works, and what is said of memory and kernels is true there."""
+"""What needs a GPU: every engine works, and what is said of memory and kernels is true there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from evovit.bench import step as subjects
+from evovit.bench import step as step_module
 from evovit.bench.profile import profile
 from evovit.bench.setting import Setting, Variant
 from evovit.bench.timing import Extras, measure
@@ -32,8 +32,8 @@ def test_a_gpu_keeps_the_tokens_a_cpu_keeps(num: int) -> None:
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_all_modes_work_on_a_gpu(train: bool) -> None:
-    rows = measure(setting(modes=("eager", "compiled", "graphs"), train=train), [EVO])
+def test_all_engines_work_on_a_gpu(train: bool) -> None:
+    rows = measure(setting(engines=("eager", "compiled", "graphs"), train=train), [EVO])
     assert [row.skipped for row in rows] == [""] * 6
     assert all(row.median_ms and row.peak_memory_mb and row.kernels for row in rows)
 
@@ -45,10 +45,10 @@ def test_a_capture_that_fails_leaves_the_stream(monkeypatch: pytest.MonkeyPatch)
             out.item()
         return out
 
-    monkeypatch.setattr(subjects, "loss_of", waits)
-    monkeypatch.setattr(subjects, "compiled", lambda forward, name: forward)
+    monkeypatch.setattr(step_module, "loss_of", waits)
+    monkeypatch.setattr(step_module, "compiled", lambda forward, name: forward)
     home = torch.cuda.current_stream()
-    rows = measure(setting(modes=("graphs",), train=True), [], Extras(count_macs=False, kernels=False))
+    rows = measure(setting(engines=("graphs",), train=True), [], Extras(kernels=False))
     assert "the capture failed" in rows[0].skipped and torch.cuda.current_stream() == home
     assert torch.ones(2, device="cuda").sum().item() == 2
 

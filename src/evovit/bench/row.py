@@ -1,8 +1,8 @@
 """One row of a benchmark: from the times of its rounds to ratios, their noise, and a plain sentence.
 
-A speed-up is the median over the rounds of dense time / reduced time, in the same mode, type and batch. Its
-noise is half the 95 % bootstrap interval of that median, at least `NOISE_FLOOR`; within it there is no gain.
-A bootstrap of fewer than `FEW_ROUNDS` says too little: there the noise is half the range of the ratios.
+A speed-up is the median over the rounds of dense time / reduced time, with the same engine, type and batch.
+Its noise is half the 95 % bootstrap interval of that median, at least `NOISE_FLOOR`; within it there is no
+gain. A bootstrap of fewer than `FEW_ROUNDS` says too little: there the noise is half the range of the ratios.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from evovit.bench.profile import Profile
 from evovit.bench.setting import Setting, Variant
-from evovit.bench.step import Subject
+from evovit.bench.step import TimedStep
 from evovit.errors import EvoViTError
 from evovit.methods import DENSE
 from evovit.runtime.files import write_text
@@ -31,12 +31,12 @@ FEW_ROUNDS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One variant in one mode. Times are per step; None where something was not measured."""
+    """One variant with one engine. Times are per step; None where something was not measured."""
 
     model: str
     method: str
     options: dict[str, Any]
-    mode: str
+    engine: str
     dtype: str
     types: str  # what `dtype` means in this task
     batch: int
@@ -52,20 +52,20 @@ class Row:
     p95_ms: float | None = None
     images_per_second: float | None = None
     peak_memory_mb: float | None = None  # 1e6 bytes; with weights and one input; CUDA only
-    memory_ratio: float | None = None  # this / dense in the same mode
-    speedup: float | None = None  # over dense in the same mode
+    memory_ratio: float | None = None  # this / dense with the same engine
+    speedup: float | None = None  # over dense with the same engine
     noise: float | None = None  # of `speedup`, relative
     conversion: float | None = None  # speedup / mac_ratio
-    speedup_over_best_dense: float | None = None  # over dense in `best_dense_mode`
+    speedup_over_best_dense: float | None = None  # over dense with `best_dense_engine`
     verdict_over_best_dense: str = ""
-    best_dense_mode: str | None = None
-    is_best_mode: bool = False  # of this variant
+    best_dense_engine: str | None = None
+    is_best_engine: bool = False  # of this variant
     kernels: int | None = None  # per step: CUDA kernels, copies and fills; on the CPU operators that do work
     parts_ms: dict[str, float] | None = None
     graph_breaks: int | None = None
     recompiles: int | None = None  # after the first step
     verdict: str = ""
-    skipped: str = ""  # why the mode was not measured
+    skipped: str = ""  # why nothing was measured
     notes: tuple[str, ...] = ()
 
     @property
@@ -76,10 +76,10 @@ class Row:
 
 @dataclass
 class Measured:
-    """A variant in one mode, with its times, one per round."""
+    """A variant with one engine, and its times, one per round."""
 
     variant: Variant
-    subject: Subject
+    timed_step: TimedStep
     gmacs: float
     steps_per_round: int = 0
     times_ms: list[float] = field(default_factory=list)
@@ -136,7 +136,7 @@ def compare(dense_ms: Sequence[float], other_ms: Sequence[float]) -> Ratio:
 def rows_of(
     setting: Setting, image_size: int, measured: Sequence[Measured], notes: Sequence[str] = ()
 ) -> list[Row]:
-    """Return one row per variant and mode, in the order given."""
+    """Return one row per variant and engine, in the order given."""
     notes = (*notes, *busy_notes(setting, measured))
     return [_row(setting, image_size, one, measured, tuple(notes)) for one in measured]
 
@@ -149,7 +149,7 @@ def _row(
         model=setting.model,
         method=one.variant.method,
         options=one.variant.options,
-        mode=one.subject.mode,
+        engine=one.timed_step.engine,
         dtype=setting.dtype,
         types=setting.types,
         batch=setting.batch,
@@ -161,9 +161,9 @@ def _row(
         steps_per_round=one.steps_per_round,
         gmacs=one.gmacs,
         mac_ratio=dense_gmacs / one.gmacs,
-        graph_breaks=one.subject.graph_breaks,
-        recompiles=one.subject.recompiles,
-        skipped=one.subject.skipped,
+        graph_breaks=one.timed_step.graph_breaks,
+        recompiles=one.timed_step.recompiles,
+        skipped=one.timed_step.skipped,
         notes=notes,
     )
     if not one.times_ms:
@@ -174,8 +174,8 @@ def _row(
         median_ms=one.median_ms,
         p95_ms=_quantile(one.times_ms, 0.95),
         images_per_second=setting.batch / one.median_ms * 1e3,
-        peak_memory_mb=one.subject.peak_memory_mb,
-        is_best_mode=one is min(own, key=lambda m: m.median_ms),
+        peak_memory_mb=one.timed_step.peak_memory_mb,
+        is_best_engine=one is min(own, key=lambda m: m.median_ms),
         kernels=one.profile and one.profile.kernels,
         parts_ms=one.profile and one.profile.parts_ms,
     )
@@ -188,21 +188,21 @@ def _beside_dense(row: Row, one: Measured, dense: Sequence[Measured]) -> Row:
         return replace(row, verdict="the dense model was not measured")
     best = min(dense, key=lambda m: m.median_ms)
     over_best = compare(best.times_ms, one.times_ms)
-    row = replace(row, best_dense_mode=best.subject.mode, speedup_over_best_dense=over_best.value)
+    row = replace(row, best_dense_engine=best.timed_step.engine, speedup_over_best_dense=over_best.value)
     row = replace(row, verdict_over_best_dense="" if one.is_dense else over_best.verdict)
-    beside = next((m for m in dense if m.subject.mode == row.mode), None)
+    beside = next((m for m in dense if m.timed_step.engine == row.engine), None)
     if beside is None:
-        return replace(row, verdict=f"the dense model was not measured in mode {row.mode}")
-    peak, dense_peak = row.peak_memory_mb, beside.subject.peak_memory_mb
+        return replace(row, verdict=f"the dense model was not measured with engine {row.engine}")
+    peak, dense_peak = row.peak_memory_mb, beside.timed_step.peak_memory_mb
     row = replace(row, memory_ratio=peak / dense_peak if peak and dense_peak else None)
     if one.is_dense:
         return replace(
-            row, speedup=1.0, verdict="the best dense mode" if one is best and len(dense) > 1 else ""
+            row, speedup=1.0, verdict="the best dense engine" if one is best and len(dense) > 1 else ""
         )
     ratio = compare(beside.times_ms, one.times_ms)
     verdict = ratio.verdict
     if ratio.value > 1 and over_best.value < 1 and not over_best.is_noise:
-        verdict += f"; dense {best.subject.mode} is faster still"
+        verdict += f"; dense {best.timed_step.engine} is faster still"
     return replace(
         row,
         speedup=ratio.value,
@@ -235,21 +235,37 @@ def _quantile(values: Sequence[float], q: float) -> float:
 
 
 Record = Mapping[str, Any]  # a row as in the file: the fields of `Row`, and of `environment`
+FORMER: dict[str, str] = {
+    "mode": "engine",
+    "best_dense_mode": "best_dense_engine",
+    "is_best_mode": "is_best_engine",
+}
 
 
 def append_rows(folder: Path, rows: Sequence[Row], around: Record) -> list[Record]:
     """Add rows to `rows.jsonl` of a folder, whole or not at all, and return all it now holds."""
     path = folder / "rows.jsonl"
-    old = path.read_text().splitlines() if path.is_file() else []
+    old = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     lines = [
         *(line for line in old if line.strip()),
         *(json.dumps({**around, **asdict(row)}) for row in rows),
     ]
     try:
-        records = [json.loads(line) for line in lines]
-    except ValueError as error:
+        records = [read_record(line) for line in lines]
+    except (ValueError, TypeError) as error:
         raise EvoViTError(
-            f"{str(path)!r} has a line that is not JSON ({error}); move the file away."
+            f"{str(path)!r} has a line that is no JSON of a row ({error}); move the file away."
         ) from error
     write_text(path, "".join(line + "\n" for line in lines))
     return records
+
+
+def name_of(record: Record) -> str:
+    """Return the variant in words."""
+    return str(Variant(record["method"], record["options"]))
+
+
+def read_record(line: str) -> Record:
+    """Return the row of a line; a name of the former version becomes the one it has now."""
+    found: dict[str, Any] = dict(json.loads(line))
+    return {FORMER.get(name, name): value for name, value in found.items()}

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from evovit.bench.step import DTYPES, MODES, Batch
-from evovit.errors import EvoViTError, check_choice
-from evovit.hosts import create_host
+from evovit.backbones import adapt
+from evovit.bench.step import DTYPES, ENGINES, Batch
+from evovit.errors import EvoViTError, check_choice, nearest, shown
+from evovit.hosts import check_name, create_host
+from evovit.methods import DENSE, build_config, find_method, list_methods
 from evovit.model import reduce_tokens
+from evovit.options import read_assignment, read_named
 
+ALL = "all"  # stands for every method
 NUM_BATCHES = 4  # distinct inputs, used in turn
 
 
@@ -37,7 +41,7 @@ class Setting:
     dtype: str = "fp32"
     batch: int = 1
     train: bool = False
-    modes: tuple[str, ...] = ("eager",)
+    engines: tuple[str, ...] = ("eager",)
     rounds: int = 30
     threads: int | None = None  # of the CPU; None: as PyTorch has it
     size: int | None = None  # pixels; None: the model's own
@@ -47,10 +51,10 @@ class Setting:
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("device", self.device, ("cpu", "cuda"))
-        for mode in self.modes:
-            check_choice("mode", mode, MODES)
-        if not self.modes:
-            raise EvoViTError(f"No mode is given; allowed are {', '.join(MODES)}.")
+        for engine in self.engines:
+            check_choice("engine", engine, ENGINES)
+        if not self.engines:
+            raise EvoViTError(f"No engine is given; allowed are {', '.join(ENGINES)}.")
         for name in ("batch", "rounds", "threads", "size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -77,8 +81,111 @@ class Setting:
         return f"{kind} autocast, float32 weights" if self.train else f"weights and images in {kind}"
 
 
+def parse_settings(
+    models: Sequence[str],
+    dtypes: Sequence[str],
+    batches: Sequence[str],
+    engines: Sequence[str],
+    device: str,
+    **shared: Any,
+) -> list[tuple[Setting, bool]]:
+    """Return the settings asked for, and whether the batch of each is the largest that fits.
+
+    Args:
+        batches: each a number or "max".
+        engines: empty for all that the device has.
+        device: empty for CUDA if there is any.
+        shared: further fields of `Setting`.
+    """
+    if not models:
+        raise EvoViTError("No model is given; give a timm name, for example deit_small_patch16_224.")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    engines = tuple(engines) or (ENGINES if device == "cuda" else ("eager", "compiled"))
+    shared |= {"device": device, "engines": engines}
+    return [
+        (Setting(model=check_name(model), dtype=dtype, batch=parse_batch(batch), **shared), batch == "max")
+        for model in models
+        for dtype in dtypes
+        for batch in batches
+    ]
+
+
+def parse_batch(text: str) -> int:
+    """Return a batch size; 1 stands for "max" until the size is found."""
+    if text == "max":
+        return 1
+    try:
+        return int(text)
+    except ValueError:
+        raise EvoViTError(f"batch is {text!r}; allowed is a number of images or 'max'.") from None
+
+
+def parse_variants(
+    methods: Sequence[str], options: Sequence[str], keep_ratios: Sequence[float] = ()
+) -> list[Variant]:
+    """Return the variants asked for; checks methods and options before anything runs.
+
+    Args:
+        methods: each NAME or NAME:option=value,option=value; a method's own option counts over `options`.
+            "all" is every method, each with those of the options that it has.
+        options: option=value, for every method.
+        keep_ratios: each makes a variant of every method.
+    """
+    shared = dict(read_assignment(text, "keep_ratio=0.5") for text in options)
+    variants: list[Variant] = []
+    for name, own in map(read_named, methods):
+        if name == DENSE:  # is measured anyway
+            build_config(find_method(DENSE), own)
+            continue
+        asked = shared | own
+        if keep_ratios and "keep_ratio" in asked:
+            raise EvoViTError(
+                f"keep_ratio of {name} is given twice, as an option and by --keep-ratio; give one."
+            )
+        each_asked = [{"keep_ratio": ratio} | asked for ratio in keep_ratios] or [asked]
+        if name == ALL:
+            variants += _of_all(each_asked)
+        else:
+            variants += [Variant(name, asked) for asked in each_asked]
+    for variant in variants:
+        build_config(find_method(variant.method), variant.options)
+    return variants
+
+
+def _of_all(each_asked: Sequence[dict[str, Any]]) -> list[Variant]:
+    """Return every method with those of the options it has; an option that none has is refused."""
+    known = {
+        name: {f.name for f in fields(find_method(name).Config)} for name in list_methods() if name != DENSE
+    }
+    every = set().union(*known.values())
+    for option in each_asked[0]:
+        if option not in every:
+            raise EvoViTError(f"No method has an option {shown(option)}.{nearest(option, every)}")
+    found: list[Variant] = []
+    for name, own in known.items():
+        for asked in each_asked:
+            variant = Variant(name, {key: value for key, value in asked.items() if key in own})
+            found += [variant] if variant not in found else []
+    return found
+
+
+def usable(setting: Setting, variants: Sequence[Variant]) -> tuple[list[Variant], list[str]]:
+    """Return the variants that the model takes, and for each other one a sentence that says why not."""
+    with torch.device("meta"):
+        backbone = adapt(build_host(replace(setting, pretrained=False)))
+    chosen, left_out = [], []
+    for variant in variants:
+        cls = find_method(variant.method)
+        try:
+            cls(build_config(cls, variant.options), backbone.spec)
+            chosen.append(variant)
+        except EvoViTError as error:
+            left_out.append(f"{variant} is left out: {error}")
+    return chosen, left_out
+
+
 def build_host(setting: Setting) -> nn.Module:
-    """Build the timm model on the CPU in float32."""
+    """Build the timm model on the current default device in float32."""
     name = setting.model
     size: dict[str, Any] = {} if setting.size is None else {"img_size": setting.size}
     model = create_host(name, pretrained=setting.pretrained, **size)

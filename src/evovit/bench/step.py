@@ -1,4 +1,4 @@
-"""One model in one mode, ready to be timed: eager, compiled, or a CUDA graph of the compiled step.
+"""One model with one engine, ready to be timed: eager, compiled, or a CUDA graph of the compiled step.
 
 An inference step is a forward under `inference_mode`, weights and images in the same type. A training step is
 forward and backward in training mode, no optimiser; bf16 and fp16 then mean autocast over float32 weights.
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from evovit.errors import EvoViTError
 from evovit.model import ReducedViT
 
-MODES = ("eager", "compiled", "graphs")
+ENGINES = ("eager", "compiled", "graphs")
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WARM_UP_STEPS = 4
 
@@ -34,14 +34,14 @@ class Batch(NamedTuple):
     labels: Tensor  # (B,)
 
 
-class Subject(NamedTuple):
+class TimedStep(NamedTuple):
     """A step ready to be timed, and what its preparation showed."""
 
-    mode: str
-    step: Step | None  # None: the mode does not work here
+    engine: str
+    step: Step | None  # None: the engine does not work here
     skipped: str = ""  # why not
     peak_memory_mb: float | None = None  # of one step, with weights and input; None on the CPU
-    graph_breaks: int | None = None  # None in eager mode
+    graph_breaks: int | None = None  # None for eager
     recompiles: int | None = None
 
     def run(self, i: int) -> object:
@@ -50,7 +50,7 @@ class Subject(NamedTuple):
         return self.step(i)
 
 
-NO_GRAPHS = Subject("graphs", None, "CUDA graphs need a CUDA device")
+NO_GRAPHS = TimedStep("graphs", None, "CUDA graphs need a CUDA device")
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -119,55 +119,55 @@ def step_of(
 
 
 def prepare(
-    model: nn.Module, modes: Sequence[str], dtype: str, batches: Sequence[Batch], train: bool, name: str
-) -> list[Subject]:
-    """Return one warm subject per mode; a mode that does not work here says why.
+    model: nn.Module, engines: Sequence[str], dtype: str, batches: Sequence[Batch], train: bool, name: str
+) -> list[TimedStep]:
+    """Return one warm step per engine; an engine that does not work here says why.
 
     Args:
         name: of the compiled function; unlike any other since the last `torch.compiler.reset`.
     """
     model.train(train)
-    forward, subjects = forward_of(model, train), []
-    if "eager" in modes:
+    forward, ready = forward_of(model, train), list[TimedStep]()
+    if "eager" in engines:
         step = step_of(model, forward, dtype, batches, train)
         eager = _tried("eager", lambda: _warm("eager", model, batches, step))
-        subjects.append(eager._replace(graph_breaks=None, recompiles=None))
-    others = [mode for mode in ("compiled", "graphs") if mode in modes]
+        ready.append(eager._replace(graph_breaks=None, recompiles=None))
+    others = [engine for engine in ("compiled", "graphs") if engine in engines]
     if not others:
-        return subjects
+        return ready
     if others == ["graphs"] and not batches[0].images.is_cuda:
-        return [*subjects, NO_GRAPHS]
+        return [*ready, NO_GRAPHS]
     quick = compiled(forward, name)
     quick_step = step_of(model, quick, dtype, batches, train)
-    subject = _tried("compiled", lambda: _warm("compiled", model, batches, quick_step))
-    if subject.step is None:
-        return [*subjects, *(subject._replace(mode=mode) for mode in others)]
-    if "compiled" in modes:
-        subjects.append(subject)
+    plain = _tried("compiled", lambda: _warm("compiled", model, batches, quick_step))
+    if plain.step is None:
+        return [*ready, *(plain._replace(engine=engine) for engine in others)]
+    if "compiled" in engines:
+        ready.append(plain)
 
-    def graphs() -> Subject:
+    def graphs() -> TimedStep:
         step, peak = captured(model, quick, dtype, batches, train)
-        return subject._replace(mode="graphs", step=step, peak_memory_mb=peak)
+        return plain._replace(engine="graphs", step=step, peak_memory_mb=peak)
 
-    if "graphs" in modes:
+    if "graphs" in engines:
         on_cuda = batches[0].images.is_cuda
-        subjects.append(_tried("graphs", graphs, "the capture failed: ") if on_cuda else NO_GRAPHS)
-    return subjects
+        ready.append(_tried("graphs", graphs, "the capture failed: ") if on_cuda else NO_GRAPHS)
+    return ready
 
 
-def _tried(mode: str, make: Callable[[], Subject], what: str = "") -> Subject:
-    """Return the subject, or one that says why there is none; memory and wrong input are the caller's."""
+def _tried(engine: str, make: Callable[[], TimedStep], what: str = "") -> TimedStep:
+    """Return the step, or one that says why there is none; memory and wrong input are the caller's."""
     try:
         return make()
     except (torch.OutOfMemoryError, EvoViTError):
         raise
     except Exception as error:  # compiled code asserts, and a compiler raises what it likes
-        return Subject(mode, None, f"{what}{in_short(error)}")
+        return TimedStep(engine, None, f"{what}{in_short(error)}")
 
 
-def _warm(mode: str, model: nn.Module, batches: Sequence[Batch], step: Step) -> Subject:
+def _warm(engine: str, model: nn.Module, batches: Sequence[Batch], step: Step) -> TimedStep:
     breaks, recompiles = warm_up(step, len(batches))
-    return Subject(mode, step, "", _peak_of_step(model, batches, step), breaks, recompiles)
+    return TimedStep(engine, step, "", _peak_of_step(model, batches, step), breaks, recompiles)
 
 
 def warm_up(step: Step, num_batches: int) -> tuple[int, int]:

@@ -44,25 +44,25 @@ def measure(
     setting: Setting,
     variants: Sequence[Variant],
     extras: Extras = Extras(),
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
-    """Measure the dense model and its variants in every mode, interleaved; the dense rows come first.
+    """Measure the dense model and its variants with every engine, interleaved; the dense rows come first.
 
     A batch that does not fit is halved until it does, and the rows say so.
 
     Args:
-        say: gets a line for each thing done.
+        log: gets a line for each thing done.
     """
     notes: list[str] = []
     while True:
         try:
             with float32_precision(setting.dtype, setting.device), threads(setting.threads):
-                return _measure(setting, variants, extras, notes, say)
+                return _measure(setting, variants, extras, notes, log)
         except torch.OutOfMemoryError:
             if setting.batch == 1:
                 raise EvoViTError(f"{setting.model} does not fit on the device even at batch 1.") from None
         notes.append(f"batch {setting.batch} ran out of memory and was halved")
-        say(f"{setting}: {notes[-1]}")
+        log(f"{setting}: {notes[-1]}")
         setting = replace(setting, batch=setting.batch // 2)
         _free()
 
@@ -72,7 +72,7 @@ def _measure(
     variants: Sequence[Variant],
     extras: Extras,
     notes: Sequence[str],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> list[Row]:
     _free()
     host = build_host(setting)
@@ -85,40 +85,41 @@ def _measure(
     for i, (variant, model) in enumerate(zip([Variant(DENSE), *variants], models, strict=True)):
         start = time.perf_counter()
         with named_loops(setting.device):
-            subjects = prepare(model, setting.modes, setting.dtype, batches, setting.train, f"variant_{i}")
-        measured += [Measured(variant, subject, macs[i]) for subject in subjects]
-        say(f"{setting}: {variant} ready after {time.perf_counter() - start:.0f} s")
-    steps = {f"{m.variant} [{m.subject.mode}]": m.subject.step for m in measured if m.subject.step}
-    interleave([m for m in measured if m.subject.step], setting)
+            ready = prepare(model, setting.engines, setting.dtype, batches, setting.train, f"variant_{i}")
+        measured += [Measured(variant, step, macs[i]) for step in ready]
+        log(f"{setting}: {variant} ready after {time.perf_counter() - start:.0f} s")
+    works = [m for m in measured if m.timed_step.step]
+    interleave(works, setting)
     if extras.kernels:
-        notes = [*notes, *profile_each(measured, setting.device, say)]
+        notes = [*notes, *profile_each(measured, setting.device, log)]
     if extras.trace is not None:
         try:
+            steps = {f"{m.variant} [{m.timed_step.engine}]": m.timed_step.run for m in works}
             write_trace(steps, setting.device, extras.trace)
-            say(f"trace written to {extras.trace}")
+            log(f"trace written to {extras.trace}")
         except Exception as error:  # the times are taken
             notes = [*notes, f"no trace: {in_short(error)}"]
-            say(notes[-1])
+            log(notes[-1])
     return rows_of(setting, size, measured, notes)
 
 
-def profile_each(measured: Sequence[Measured], device: str, say: Callable[[str], None]) -> list[str]:
+def profile_each(measured: Sequence[Measured], device: str, log: Callable[[str], None]) -> list[str]:
     """Add a profile to each; return what failed, which takes no row its times.
 
     A graph replays the kernels of the compiled step and gets its profile, if that was measured: a profiler on
     CUDA 13.0 does not see a graph's kernels reliably.
     """
     failed: list[str] = []
-    for one in (m for m in measured if m.subject.step):
-        if one.subject.mode == "graphs":
-            same = (m for m in measured if m.variant is one.variant and m.subject.mode == "compiled")
+    for one in (m for m in measured if m.timed_step.step):
+        if one.timed_step.engine == "graphs":
+            same = (m for m in measured if m.variant is one.variant and m.timed_step.engine == "compiled")
             one.profile = next((m.profile for m in same), None)
             continue
         try:
-            one.profile = profile(one.subject.run, device)
+            one.profile = profile(one.timed_step.run, device)
         except Exception as error:  # also out of memory: the times are taken
-            failed.append(f"no profile of {one.variant} [{one.subject.mode}]: {in_short(error)}")
-            say(failed[-1])
+            failed.append(f"no profile of {one.variant} [{one.timed_step.engine}]: {in_short(error)}")
+            log(failed[-1])
     return failed
 
 
@@ -126,12 +127,12 @@ def interleave(measured: Sequence[Measured], setting: Setting) -> None:
     """Time each once per round; each round begins with the next one, so that no place is favoured."""
     on_cuda = setting.device == "cuda"
     for one in measured:
-        estimate_ms = min(timed(one.subject.run, 0, 1, on_cuda) for _ in range(3))
+        estimate_ms = min(timed(one.timed_step.run, 0, 1, on_cuda) for _ in range(3))
         one.steps_per_round = min(MOST_STEPS, max(1, round(SAMPLE_MS / estimate_ms)))
     for turn in range(setting.rounds):
         for i in range(len(measured)):
             one = measured[(turn + i) % len(measured)]
-            one.times_ms.append(timed(one.subject.run, turn, one.steps_per_round, on_cuda))
+            one.times_ms.append(timed(one.timed_step.run, turn, one.steps_per_round, on_cuda))
 
 
 def timed(step: Step, first: int, count: int, on_cuda: bool) -> float:
@@ -166,10 +167,10 @@ def largest_batch(setting: Setting) -> int:
         trial = replace(setting, batch=2 * batch)
         try:
             batches = random_batches(trial, host)
-            (subject,) = prepare(host, ("eager",), trial.dtype, batches, trial.train, "")
+            (eager,) = prepare(host, ("eager",), trial.dtype, batches, trial.train, "")
         except torch.OutOfMemoryError:
             break
-        if subject.step is None:
+        if eager.step is None:
             break
         batch *= 2
     host.zero_grad(set_to_none=True)

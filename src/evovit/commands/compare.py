@@ -41,7 +41,7 @@ def compare(
     """
     from rich.console import Console
 
-    from evovit.bench.step import MODES
+    from evovit.bench.step import ENGINES
     from evovit.errors import EvoViTError, check_choice, check_count
     from evovit.recipe.reading import find_recipes
     from evovit.report.compare import write_report
@@ -49,7 +49,7 @@ def compare(
     from evovit.study import hold, measure, plan, shown_images
     from evovit.train.build import open_images_of
 
-    check_choice("engine", engine, MODES)
+    check_choice("engine", engine, ENGINES)
     check_count("batch", batch, 1, 1_000_000)
     check_count("rounds", rounds, 1, 100_000)
     if not is_alone():

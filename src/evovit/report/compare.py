@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from typing import TYPE_CHECKING
 
 from evovit.bench.row import Row
 from evovit.model import ReducedViT
-from evovit.report.page import heading, html_page, paragraph, picture, table
-from evovit.report.tables import as_csv, as_markdown, signed, spread
-from evovit.runtime.files import write_figure, write_text
+from evovit.report.page import Heading, Note, Paragraph, Picture, Quiet, drawn, page
+from evovit.report.plots import Point, draw_accuracy
+from evovit.report.tables import Table, as_csv, as_markdown, speedup_text, spread, table
+from evovit.runtime.files import write_bytes, write_text
 from evovit.study import Shown, Standing
 from evovit.visualize import draw_side_by_side, kept_patches
 
@@ -28,21 +28,18 @@ def write_report(out: Path, found: Sequence[Standing], speeds: Sequence[Row], sh
         found: the dense model first.
         speeds: one row for each.
     """
-    rows = [cells(each, row, found[0]) for each, row in zip(found, speeds, strict=True)]
-    markdown = as_markdown(rows, COLUMNS)
-    pictures = {
-        "accuracy.png": draw_accuracy(found, speeds),
-        "kept.png": draw_kept_side_by_side(found, shown),
-    }
-    for name, figure in pictures.items():
-        write_figure(out / name, figure)
-    texts = {
-        "compare.md": markdown,
-        "compare.csv": as_csv(rows, COLUMNS),
-        "compare.html": _page(out, speeds[0], len(found[0].after), rows),
-    }
-    for name, text in texts.items():
-        write_text(out / name, text)
+    pairs = list(zip(found, speeds, strict=True))
+    rows = table(COLUMNS, [cells(each, row, found[0]) for each, row in pairs])
+    points = [Point(each.name, row.gmacs, row.images_per_second or 0.0, each.after) for each, row in pairs]
+    what = "accuracy against multiply-accumulates and against measured speed"
+    accuracy = drawn(draw_accuracy(points), what)
+    kept = drawn(draw_kept_side_by_side(found, shown), "kept patches of the last block, a column per method")
+    markdown = as_markdown(rows)
+    write_bytes(out / "accuracy.png", accuracy.png)
+    write_bytes(out / "kept.png", kept.png)
+    write_text(out / "compare.md", markdown)
+    write_text(out / "compare.csv", as_csv(rows))
+    write_text(out / "compare.html", _page(rows, speeds[0], len(found[0].after), accuracy, kept))
     notes = "".join(f"note: {note}\n" for note in speeds[0].notes)
     return f"{markdown}\n{notes}{out / 'compare.html'} written"
 
@@ -53,53 +50,38 @@ def cells(each: Standing, row: Row, dense: Standing) -> list[str]:
     return [
         each.name,
         each.method,
-        f"{row.gmacs:.4f}",
+        f"{row.gmacs:.4g}",
         f"{row.mac_ratio:.2f}",
-        f"{row.speedup:.2f}x ± {row.noise:.1%}" if row.noise is not None else "1",
+        speedup_text(row.speedup, row.noise),
         spread(each.before),
         spread(each.after),
-        "" if each is dense else signed(differences),
+        "" if each is dense else spread(differences, "+"),
     ]
 
 
-def _page(out: Path, row: Row, seeds: int, rows: Sequence[Sequence[str]]) -> str:
-    body = [
-        paragraph(
-            f"All are trained with equal budgets; {seeds} seed{'s' if seeds > 1 else ''}, mean ± standard "
-            "deviation; 'of dense' is the difference to the dense model trained as long, seed by seed. "
-            "'Before' is each model as it starts, untrained."
-        ),
-        table(COLUMNS, rows),
-        paragraph(
-            f"Speed: {row.device}, {row.types}, batch {row.batch}, {row.mode}, {row.threads} threads, "
-            f"{row.rounds} rounds in turn; the ceiling is the ratio of multiply-accumulates."
-        ),
-        *(paragraph(f"Note: {note}.") for note in row.notes),
-        picture(out / "accuracy.png", "accuracy against multiply-accumulates and against measured speed"),
-        heading("What the last block sees"),
-        paragraph(
-            "Patches that take part in the last block are bright. Slots without a place are not shown."
-        ),
-        picture(out / "kept.png", "kept patches of the last block, a column per method"),
-    ]
-    return html_page("evovit compare", body)
-
-
-def draw_accuracy(found: Sequence[Standing], speeds: Sequence[Row]) -> Figure:
-    """Draw accuracy against GMACs and against images per second; bars are standard deviations."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    for axes, label in zip(figure.subplots(1, 2), ("GMACs", "images per second"), strict=True):
-        for number, (each, row) in enumerate(zip(found, speeds, strict=True)):
-            x = row.gmacs if label == "GMACs" else row.images_per_second
-            bar = stdev(each.after) if len(each.after) > 1 else None
-            look = {"color": "black", "fmt": "s"} if number == 0 else {"color": f"C{number % 10}", "fmt": "o"}
-            axes.errorbar(x, mean(each.after), yerr=bar, capsize=3, label=each.name, **look)
-        axes.set(xlabel=label, ylabel="top-1, %")
-        axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
+def _page(rows: Table, row: Row, seeds: int, accuracy: Picture, kept: Picture) -> str:
+    return page(
+        "evovit compare",
+        [
+            Paragraph(
+                f"All are trained with equal budgets; {seeds} seed{'s' if seeds > 1 else ''}, mean ± "
+                "standard deviation; 'of dense' is the difference to the dense model trained as long, seed "
+                "by seed. 'Before' is each model as it starts, untrained."
+            ),
+            rows,
+            Quiet(
+                f"Speed: {row.device}, {row.types}, batch {row.batch}, {row.engine}, {row.threads} threads, "
+                f"{row.rounds} rounds in turn; the ceiling is the ratio of multiply-accumulates."
+            ),
+            *(Note(f"Note: {note}.") for note in row.notes),
+            accuracy,
+            Heading("What the last block sees"),
+            Paragraph(
+                "Patches that take part in the last block are bright. Slots without a place are not shown."
+            ),
+            kept,
+        ],
+    )
 
 
 def draw_kept_side_by_side(found: Sequence[Standing], shown: Shown) -> Figure:

@@ -1,63 +1,77 @@
-"""One HTML page that fetches nothing."""
+"""One HTML page of typed parts; it runs no script and fetches nothing. `page.html` is its template."""
 
 from __future__ import annotations
 
-import base64
 import io
+from base64 import b64encode
 from collections.abc import Sequence
-from html import escape
-from pathlib import Path
-from typing import Any
+from importlib.resources import files
+from typing import TYPE_CHECKING, NamedTuple
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.25rem 0.8rem; border-bottom: 1px solid #ddd; text-align: right; }
-th:first-child, td:first-child { text-align: left; } img { max-width: 100%; }
-"""
+from jinja2 import Environment, StrictUndefined
+
+from evovit.report.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
-def html_page(title: str, parts: Sequence[str]) -> str:
-    """Return one HTML document of parts, which fetches nothing."""
-    body = "\n".join(parts)
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{STYLE}</style></head>\n<body>\n<h1>{escape(title)}</h1>\n{body}\n</body>\n</html>\n"
-    )
+class Heading(NamedTuple):
+    """Opens a section."""
+
+    text: str
 
 
-def paragraph(text: str) -> str:
-    """Return a paragraph of plain text."""
-    return f"<p>{escape(text)}</p>"
+class Paragraph(NamedTuple):
+    """Plain text."""
+
+    text: str
 
 
-def heading(text: str) -> str:
-    """Return a heading."""
-    return f"<h2>{escape(text)}</h2>"
+class Note(NamedTuple):
+    """Text that warns: what makes a number doubtful."""
+
+    text: str
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table; every row has one cell per column."""
+class Quiet(NamedTuple):
+    """Text of less weight: under which conditions something was measured."""
 
-    def line(tag: str, cells: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return "<table>" + line("th", columns) + "".join(line("td", row) for row in rows) + "</table>"
+    text: str
 
 
-def picture(path: Path, what: str) -> str:
-    """Return a PNG file as part of the page.
+class Picture(NamedTuple):
+    """A PNG file's bytes, and what they show, for who cannot see it."""
 
-    Args:
-        path: the PNG file.
-        what: what it shows, for who cannot see it.
-    """
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f'<img alt="{escape(what)}" src="data:image/png;base64,{data}">'
+    png: bytes
+    what: str
+
+    @property
+    def base64(self) -> str:
+        """The bytes as text."""
+        return b64encode(self.png).decode("ascii")
+
+    @property
+    def width(self) -> int:
+        """Width in pixels, from the PNG's header."""
+        return int.from_bytes(self.png[16:20], "big")
 
 
-def _image(figure: Any, text: str) -> str:
+Part = Heading | Paragraph | Note | Quiet | Picture | Table
+
+
+def drawn(figure: Figure, what: str) -> Picture:
+    """Return a figure as a picture."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    return f'<img alt="{text}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return Picture(buffer.getvalue(), what)
+
+
+def page(title: str, parts: Sequence[Part]) -> str:
+    """Return one HTML document; all text in it is escaped."""
+    text = files("evovit.report").joinpath("page.html").read_text(encoding="utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(text)
+    return template.render(title=title, parts=[(type(part).__name__, part) for part in parts])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,19 +14,22 @@ import torch
 from evovit.errors import EvoViTError
 from evovit.macs import gmacs
 from evovit.methods import DENSE
+from evovit.model import backbone_of
 from evovit.recipe.reading import read_recipe
 from evovit.recipe.tables import Recipe
-from evovit.report.page import heading, html_page, paragraph, picture, table
-from evovit.report.tables import as_csv, as_markdown, spread
-from evovit.runtime.files import write_figure, write_text
-from evovit.train.build import build_model, image_side
+from evovit.report.page import Heading, Paragraph, Part, drawn, page
+from evovit.report.plots import accuracy_axis, epoch_axis, outside_legend
+from evovit.report.tables import as_csv, as_markdown, spread, table
+from evovit.runtime.files import write_bytes, write_text
+from evovit.train.build import build_model
 from evovit.train.records import EPOCHS, read_lines
+from evovit.visualize import plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = ("run", "method", "seeds", "epochs", "top-1 %", "best %", "EMA %", "GMACs", "epoch s", "of dense")
-CLASSES = 10  # for the GMACs where no run says how many
+CLASSES = 10  # for the GMACs where neither run nor recipe says how many
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Group:
 
     name: str
     recipe: Recipe
+    gmacs: float  # 1e9 multiply-accumulates of one image
     runs: list[list[dict[str, Any]]]  # per seed, its epochs
 
     def last(self, key: str) -> list[float]:
@@ -46,17 +51,9 @@ class Group:
         """Median training time of an epoch; each run's first is left out, as it warms up."""
         return float(median(epoch["train_seconds"] for run in self.runs for epoch in (run[1:] or run)))
 
-    @property
-    def gmacs(self) -> float:
-        """1e9 multiply-accumulates of one image."""
-        with torch.device("meta"):
-            model = build_model(self.recipe, self.recipe.model.num_classes or CLASSES, weights=False)
-        side = image_side(model)
-        return gmacs(model.eval(), (3, side, side))
-
     def cells(self, dense_seconds: float | None) -> list[str]:
         """Return the row, one cell per `COLUMNS`; spreads are standard deviations over the seeds."""
-        best = [max(epoch.get("top1", 0.0) for epoch in run) for run in self.runs]
+        tests = [[epoch["top1"] for epoch in run if "top1" in epoch] for run in self.runs]
         seconds = self.epoch_seconds
         return [
             self.name,
@@ -64,7 +61,7 @@ class Group:
             str(len(self.runs)),
             "/".join(sorted({str(len(run)) for run in self.runs})) + f" of {self.recipe.run.epochs}",
             spread(self.last("top1")),
-            spread(best),
+            spread([max(values) for values in tests if values]),
             spread(self.last("ema_top1")),
             f"{self.gmacs:.4g}",
             f"{seconds:.3g}",
@@ -76,12 +73,19 @@ def write_report(places: Sequence[Path], out: Path) -> str:
     """Write report.md, .csv, .html and the curves of runs at or below places; return what to print."""
     groups = read_groups(places)
     dense = [group.epoch_seconds for group in groups if group.recipe.method.name == DENSE]
-    rows = [group.cells(dense[0] if len(dense) == 1 else None) for group in groups]
-    markdown = as_markdown(rows, COLUMNS)
-    write_figure(out / "curves.png", draw_curves(groups))
+    rows = table(COLUMNS, [group.cells(dense[0] if len(dense) == 1 else None) for group in groups])
+    curves = drawn(draw_curves(groups), "training loss and top-1 by epoch, a line per run")
+    parts: list[Part] = [
+        rows,
+        Paragraph("Mean ± standard deviation over seeds, of the last and of the best test; epoch s: median."),
+        Heading("Curves"),
+        curves,
+    ]
+    markdown = as_markdown(rows)
+    write_bytes(out / "curves.png", curves.png)
     write_text(out / "report.md", markdown)
-    write_text(out / "report.csv", as_csv(rows, COLUMNS))
-    write_text(out / "report.html", as_html(rows, out / "curves.png"))
+    write_text(out / "report.csv", as_csv(rows))
+    write_text(out / "report.html", page("evovit report", parts))
     return f"{markdown}\n{out / 'report.html'} written"
 
 
@@ -95,8 +99,10 @@ def read_groups(places: Sequence[Path]) -> list[Group]:
             continue
         recipe = read_recipe(folder / "recipe.toml")
         key = replace(recipe, run=replace(recipe.run, seed=0)).to_toml()
-        name = folder.parent.name if folder.name.startswith("seed") else folder.name
-        groups.setdefault(key, Group(name, recipe, [])).runs.append(epochs)
+        if key not in groups:
+            name = folder.parent.name if folder.name.startswith("seed") else folder.name
+            groups[key] = Group(name, recipe, read_gmacs(folder, recipe), [])
+        groups[key].runs.append(epochs)
     if not groups:
         raise EvoViTError(
             f"No finished epoch of a run is at or below {', '.join(map(str, places)) or 'nothing'}; give "
@@ -105,15 +111,19 @@ def read_groups(places: Sequence[Path]) -> list[Group]:
     return list(groups.values())
 
 
-def as_html(rows: Sequence[Sequence[str]], curves: Path) -> str:
-    """Return one HTML document that fetches nothing."""
-    parts = [
-        table(COLUMNS, rows),
-        paragraph("Mean ± standard deviation over seeds, of the last and of the best test; epoch s: median."),
-        heading("Curves"),
-        picture(curves, "training loss and top-1 by epoch, a line per run"),
-    ]
-    return html_page("evovit report", parts)
+def read_gmacs(folder: Path, recipe: Recipe) -> float:
+    """Return the GMACs that a run wrote down; those of the former version did not: the model is built."""
+    path = folder / "environment.json"
+    try:
+        written = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise EvoViTError(f"{str(path)!r} is no JSON ({error}); move it away.") from error
+    if "gmacs" in written:
+        return float(written["gmacs"])
+    classes = written.get("num_classes") or recipe.model.num_classes or CLASSES
+    with torch.device("meta"):
+        model = build_model(recipe, classes, weights=False)
+    return gmacs(model, backbone_of(model).image_shape)
 
 
 def draw_curves(groups: Sequence[Group]) -> Figure:
@@ -121,15 +131,26 @@ def draw_curves(groups: Sequence[Group]) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, key, label in zip(
-        figure.subplots(1, 2), ("loss", "top1"), ("training loss", "top-1, %"), strict=True
-    ):
+    loss, top1 = figure.subplots(1, 2)
+    for axes, key in ((loss, "loss"), (top1, "top1")):
         for colour, group in enumerate(groups):
             for seed, run in enumerate(group.runs):
-                points = [(epoch["epoch"], epoch[key]) for epoch in run if key in epoch]
-                name = group.name if seed == 0 else "_"
-                axes.plot(*zip(*points, strict=True), color=f"C{colour % 10}", label=name, alpha=0.8)
-        axes.set(xlabel="epoch", ylabel=label)
+                tested = [epoch for epoch in run if key in epoch]
+                axes.plot(
+                    [epoch["epoch"] for epoch in tested],
+                    [float(epoch[key]) for epoch in tested],  # one that is not finite is written as text
+                    color=f"C{colour % 10}",
+                    label=plain(group.name) if seed == 0 else None,
+                    alpha=0.8,
+                    marker="o",
+                    markersize=3,
+                    clip_on=False,
+                )
+        epoch_axis(axes)
         axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    loss.set_ylabel("training loss")
+    accuracy_axis(
+        top1, [epoch["top1"] for group in groups for run in group.runs for epoch in run if "top1" in epoch]
+    )
+    outside_legend(figure, loss)
     return figure

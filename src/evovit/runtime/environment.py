@@ -25,7 +25,8 @@ def environment(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda if on_cuda else None,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("evovit", "torch", "timm")},
+        **{name: version(name) for name in ("evovit", "timm")},
+        "torch": torch.__version__,  # with its build, such as +cu132
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

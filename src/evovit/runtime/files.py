@@ -67,9 +67,9 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def write_figure(path: Path, figure: Any) -> None:
-    """Write a matplotlib figure as PNG, whole or not at all."""
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
