@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
 import torch
+from timm.layers.attention import Attention
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -64,7 +66,10 @@ def test_a_changed_block_forward_is_refused(name: str, base: type[nn.Module]) ->
     host.blocks[1].__class__ = Scaled
     with pytest.raises(EvoViTError, match="Block 1 is a Scaled"):
         evovit.reduce_tokens(host, "evo_vit")
-    Scaled.__name__ = base.__name__  # what a new version of timm would look like
+    Scaled.__name__, Scaled.__qualname__ = base.__name__, base.__qualname__
+    with pytest.raises(EvoViTError, match=f"Block 1 is a {base.__name__} of tests"):
+        evovit.reduce_tokens(host, "evo_vit")
+    Scaled.__module__ = base.__module__  # what a new version of timm would look like
     with pytest.raises(EvoViTError, match="is not reproduced exactly"):
         evovit.reduce_tokens(host, "evo_vit")
 
@@ -212,3 +217,71 @@ def test_views_reproduce_the_host(name: str) -> None:
     host = make_host(name)
     with torch.no_grad():
         torch.testing.assert_close(run_dense(adapt(host), pictures()), host.forward_features(pictures()))
+
+
+class SoftCapped(Attention):
+    """Logits capped at 50: invisible while weights are small."""
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        batch, rows, width = x.shape
+        q, k, v = self.qkv(x).reshape(batch, rows, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        logits = 50 * torch.tanh((q @ k.transpose(-2, -1)) * self.scale / 50)
+        return self.proj((logits.softmax(-1) @ v).transpose(1, 2).reshape(batch, rows, width))
+
+
+class Clamped(Block):
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return super().forward(x).clamp(-30, 30)
+
+
+class Trained(Block):
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return super().forward(x) * (1.001 if self.training else 1.0)
+
+
+def disguised(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return a subclass that claims to be its base class: name, module and all."""
+    base = kind.__mro__[1]
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base.__name__, (kind,), names)
+
+
+ODD = {
+    "soft-capped attention": (SoftCapped, "attn", "once weights are large"),
+    "clamping block": (Clamped, "", "once weights are large"),
+    "other in training": (Trained, "", "in training mode"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_variants_are_refused_with_fresh_weights(odd: str) -> None:
+    """By the path of their class, and where that is forged, by what they compute."""
+    kind, attribute, where = ODD[odd]
+    for forged in (False, True):
+        torch.manual_seed(0)
+        host: Any = timm.create_model("deit_tiny_patch16_224", depth=4)
+        with torch.no_grad():
+            expected = host.eval()(pictures(size=224))
+        for block in host.blocks:
+            part = getattr(block, attribute) if attribute else block
+            part.__class__ = disguised(kind) if forged else kind
+        with torch.no_grad():  # what a comparison with small weights would see
+            assert (host(pictures(size=224)) - expected).abs().max() <= 1e-4 * expected.abs().max()
+        before = {key: value.clone() for key, value in host.state_dict().items()}
+        with pytest.raises(EvoViTError, match=where if forged else "does not support"):
+            evovit.reduce_tokens(host, "evo_vit", start_block=2)
+        assert all(torch.equal(value, before[key]) for key, value in host.state_dict().items())
+        assert not host.training
+
+
+def test_the_proof_leaves_dropout_and_running_statistics_alone() -> None:
+    host: Any = timm.create_model("vit_tiny_patch16_224", depth=2, drop_rate=0.1, drop_path_rate=0.2)
+    levit: Any = timm.create_model("levit_128s", distilled=False)
+    for model in (host, levit):
+        model.train()
+        chances = [getattr(m, n, None) for m in model.modules() for n in ("p", "drop_prob")]
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        check_adapter(model)
+        assert all(module.training for module in model.modules())
+        assert [getattr(m, n, None) for m in model.modules() for n in ("p", "drop_prob")] == chances
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

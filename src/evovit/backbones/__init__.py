@@ -15,10 +15,21 @@ from pkgutil import iter_modules
 import torch
 from torch import nn
 
-from evovit.backbones.base import Backbone, BackboneSpec, Block, Stage, evaluating, run_dense
+from evovit.backbones.base import Backbone, BackboneSpec, Block, Stage, run_dense
+from evovit.backbones.proof import LARGE_TOLERANCE, worst_errors
 from evovit.errors import EvoViTError
 
-__all__ = ["Backbone", "BackboneSpec", "Block", "Stage", "adapt", "adapter", "check_adapter", "list_hosts"]
+__all__ = [
+    "Backbone",
+    "BackboneSpec",
+    "Block",
+    "Stage",
+    "adapt",
+    "adapter",
+    "check_adapter",
+    "list_hosts",
+    "run_dense",
+]
 
 _ADAPTERS: dict[str, type[Backbone]] = {}
 
@@ -60,42 +71,32 @@ def adapt(model: nn.Module) -> Backbone:
 def check_adapter(model: nn.Module, tolerance: float = 1e-4) -> None:
     """Prove that the views reproduce the host, or raise `EvoViTError` that says what differs.
 
-    Two guards: every part the host and its blocks hold has a name the adapter knows (this sees a part that
-    starts at zero), and the runner with plain blocks gives the host's features and logits on random images.
-    The second needs values, so a host on the meta device passes the first guard only.
+    Two guards: every part the host and its blocks hold has a name and a class the adapter knows (this sees a
+    part that starts at zero), and the runner with plain blocks gives the host's features and logits on random
+    images: with the host's weights, with enlarged ones, and with these in training mode without dropout
+    (`proof`). The second needs values, so a host on the meta device passes the first guard only.
 
     Args:
-        tolerance: largest difference allowed, relative to the largest value; for float16 and bfloat16 hosts
-            not below 0.05, which is their rounding.
+        tolerance: largest difference allowed with the host's weights, relative to the largest value; for
+            float16 and bfloat16 hosts not below 0.05, which is their rounding.
     """
-    backbone = adapt(model)
-    backbone.check_structure()
+    adapt(model).check_structure()
     weight = next(model.parameters())
     if weight.is_meta:
         return
     if weight.dtype in (torch.float16, torch.bfloat16):
         tolerance = max(tolerance, 0.05)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn((2, *backbone.image_shape), generator=generator).to(weight)
-    with evaluating(model), torch.no_grad():
-        pairs = [(backbone.host_features(images), features := run_dense(backbone, images))]
-        pairs.append((model(images), backbone.head(features)))
-    error = max(_relative_error(ours, host) for host, ours in pairs)
-    if not error <= tolerance:
-        raise EvoViTError(
-            f"{type(model).__name__} is not reproduced exactly: with nothing reduced the output differs by "
-            f"{error:.1e} of its size (allowed {tolerance:.0e}), so it has a feature this version of evovit "
-            "ignores; use a library version evovit was checked with, or extend the adapter "
-            "(docs/adding_a_backbone.md)."
-        )
-
-
-def _relative_error(ours: torch.Tensor, host: torch.Tensor) -> float:
-    """Return the largest difference relative to the host's largest value; infinite where shapes differ."""
-    if ours.shape != host.shape:
-        return float("inf")
-    error = (ours.float() - host.float()).abs().max() / host.float().abs().max().clamp_min(1e-12)
-    return error.nan_to_num(float("inf")).item()
+    found = worst_errors(model, adapt)
+    limits = (tolerance, *(max(tolerance, LARGE_TOLERANCE),) * 2)
+    when = ("", " once weights are large", " in training mode")
+    for error, limit, where in zip(found, limits, when, strict=True):
+        if not error <= limit:
+            raise EvoViTError(
+                f"{type(model).__name__} is not reproduced exactly{where}: with nothing reduced the output "
+                f"differs by {error:.1e} of its size (allowed {limit:.0e}), so it has a feature this version "
+                "of evovit ignores; use a library version evovit was checked with, or extend the adapter "
+                "(docs/adding_a_backbone.md)."
+            )
 
 
 for _module in iter_modules(__path__):

@@ -212,14 +212,24 @@ def expect_unsharded(module: nn.Module, what: str) -> None:
 
 
 def expect_class(module: nn.Module, known: Iterable[str], what: str) -> None:
-    """Raise `EvoViTError` if the class of `module` is none of those whose forward an adapter re-states."""
-    if type(module).__name__ not in known:
+    """Raise `EvoViTError` if the class of `module` is none of those whose forward an adapter re-states.
+
+    Args:
+        known: full class paths; a class of the same name from elsewhere may compute something else.
+    """
+    if class_path(module) not in known:
         expect_unsharded(module, what)
         raise EvoViTError(
-            f"{what} is a {type(module).__name__}, which this version of evovit does not support (supported: "
+            f"{what} is a {type(module).__name__} of {type(module).__module__}, which this version of evovit "
+            "does not support (supported: "
             f"{', '.join(sorted(known))}); use a host with these, or extend the adapter "
             "(docs/adding_a_backbone.md)."
         )
+
+
+def class_path(module: nn.Module) -> str:
+    """Return the full path of a module's class."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def expect_parts(module: nn.Module, known: Iterable[str], what: str) -> None:

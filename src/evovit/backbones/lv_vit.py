@@ -30,5 +30,5 @@ class LVViTView(TimmViT):
         expect_parts(self.model, (*HOST_PARTS, "aux_head"), "The host")
         for number, block in enumerate(self.blocks()):
             block.check()
-            expect_class(block.block.ls1, ("Divide",), f"The scale of block {number}")
-            expect_class(block.block.ls2, ("Divide",), f"The scale of block {number}")
+            expect_class(block.block.ls1, ("evovit.models.lv_vit.Divide",), f"The scale of block {number}")
+            expect_class(block.block.ls2, ("evovit.models.lv_vit.Divide",), f"The scale of block {number}")

@@ -44,7 +44,7 @@ def part_of_qkv(attn: Any, x: Tensor, part: int) -> Tensor:
 
 def check_attention(attn: Any, what: str) -> None:
     """Raise `EvoViTError` unless it is timm's `Attention` (one softmax) with the parts we know."""
-    expect_class(attn, ("Attention",), what)
+    expect_class(attn, ("timm.layers.attention.Attention",), what)
     expect_parts(attn, ATTENTION_PARTS, what)
 
 

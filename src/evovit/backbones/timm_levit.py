@@ -16,6 +16,12 @@ from evovit.backbones.timm_levit_blocks import LevitBlock, LevitEntry
 from evovit.errors import EvoViTError
 from evovit.tokens import Tokens
 
+DOWNSAMPLES = (
+    "torch.nn.modules.linear.Identity",
+    "timm.models.levit.LevitDownsample",
+    "evovit.models.levit_cls.LevitDownsample",
+)
+
 
 def levit_stages(host: Any) -> list[Stage]:
     """Return fresh views of a LeViT's stages; blocks are numbered through."""
@@ -32,7 +38,7 @@ def check_stages(host: Any) -> None:
     """Raise `EvoViTError` where a stage of a LeViT holds a part that its views do not know."""
     for stage, view in zip(host.stages, levit_stages(host), strict=True):
         expect_parts(stage, ("downsample", "blocks"), "A stage")
-        expect_class(stage.downsample, ("Identity", "LevitDownsample"), "A stage's beginning")
+        expect_class(stage.downsample, DOWNSAMPLES, "A stage's beginning")
         if isinstance(view.enter, LevitEntry):
             view.enter.check()
         for block in view.blocks:

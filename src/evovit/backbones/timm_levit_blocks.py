@@ -14,6 +14,7 @@ from torch import Tensor
 from evovit.backbones.base import Block, Mix, expect_class, expect_parts, mixed_values
 from evovit.tokens import QKV, Tokens
 
+ATTENTIONS = ("timm.models.levit.Attention", "evovit.models.levit_cls.Attention")
 ATTENTION_PARTS = ("qkv", "proj", "attention_biases", "attention_bias_idxs")
 ENTRY_PARTS = ("kv", "q", "proj", "attention_biases", "attention_bias_idxs", "pos_embed")
 
@@ -55,7 +56,7 @@ class LevitBlock(Block):
     def check(self) -> None:
         """Raise `EvoViTError` where the block holds what this view does not know."""
         expect_parts(self.block, self.parts, f"Block {self.number}")
-        expect_class(self.block.attn, ("Attention",), f"The attention of block {self.number}")
+        expect_class(self.block.attn, ATTENTIONS, f"The attention of block {self.number}")
         expect_parts(self.block.attn, ATTENTION_PARTS, f"The attention of block {self.number}")
 
     def qkv(self, tokens: Tokens) -> QKV:

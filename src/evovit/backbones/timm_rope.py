@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from evovit.backbones import adapter
-from evovit.backbones.base import Backbone, Stage, expect_class, expect_parts, raster_tokens
+from evovit.backbones.base import Backbone, Stage, class_path, expect_class, expect_parts, raster_tokens
 from evovit.backbones.timm_heads import masked_logits
 from evovit.backbones.timm_rope_blocks import BLOCKS, EvaBlock, rotation_table
 from evovit.backbones.timm_vit import HOST_PARTS, timm_grid, timm_spec
@@ -39,7 +39,7 @@ class TimmEva(Backbone):
         table, views = self.table, []
         for number, block in enumerate(self.model.blocks):
             own = table[number] if table is not None and self.model.rope_mixed else table
-            views.append(BLOCKS[type(block).__name__](block, number, own))
+            views.append(BLOCKS[class_path(block)](block, number, own))
         return views
 
     def embed(self, images: Tensor) -> Tokens:

@@ -18,6 +18,7 @@ from evovit.backbones.timm_blocks import ATTENTION_PARTS, attention_output, outp
 from evovit.tokens import QKV, Tokens
 
 ROPE_ATTENTION_PARTS = (*ATTENTION_PARTS, "q_proj", "k_proj", "v_proj", "q_bias", "k_bias", "v_bias")
+ATTENTIONS = ("timm.models.eva.EvaAttention", "timm.layers.attention.AttentionRope")
 
 
 def rotation_table(rope: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ class EvaBlock(Block):
         """Raise `EvoViTError` where the block holds what this view does not know."""
         what = f"The attention of block {self.number}"
         expect_parts(self.block, self.parts, f"Block {self.number}")
-        expect_class(self.block.attn, ("EvaAttention", "AttentionRope"), what)
+        expect_class(self.block.attn, ATTENTIONS, what)
         expect_parts(self.block.attn, ROPE_ATTENTION_PARTS, what)
 
     def bypassed(self) -> Iterator[nn.Module]:
@@ -138,4 +139,7 @@ class EvaBlockPostNorm(EvaBlock):
         return tokens.with_x(tokens.x + self.block.drop_path2(self.block.norm2(self.block.mlp(tokens.x))))
 
 
-BLOCKS: dict[str, type[EvaBlock]] = {"EvaBlock": EvaBlock, "EvaBlockPostNorm": EvaBlockPostNorm}
+BLOCKS: dict[str, type[EvaBlock]] = {
+    "timm.models.eva.EvaBlock": EvaBlock,
+    "timm.models.eva.EvaBlockPostNorm": EvaBlockPostNorm,
+}

@@ -15,6 +15,7 @@ from evovit.backbones.base import (
     Backbone,
     BackboneSpec,
     Stage,
+    class_path,
     expect_class,
     expect_parts,
     raster_tokens,
@@ -26,10 +27,10 @@ from evovit.errors import EvoViTError
 from evovit.tokens import Tokens
 
 BLOCKS: dict[str, type[PreNormBlock]] = {
-    "Block": PreNormBlock,
-    "ResPostBlock": PostNormBlock,
-    "ParallelThingsBlock": ParallelThingsBlock,
-    "ParallelScalingBlock": ParallelScalingBlock,
+    "timm.models.vision_transformer.Block": PreNormBlock,
+    "timm.models.vision_transformer.ResPostBlock": PostNormBlock,
+    "timm.models.vision_transformer.ParallelThingsBlock": ParallelThingsBlock,
+    "timm.models.vision_transformer.ParallelScalingBlock": ParallelScalingBlock,
 }
 HOST_PARTS = (
     *("patch_embed", "cls_token", "reg_token", "pos_embed", "pos_drop", "patch_drop", "norm_pre"),
@@ -82,7 +83,7 @@ class TimmViT(Backbone):
 
     def blocks(self) -> list[PreNormBlock]:
         """Return fresh views of the blocks."""
-        return [BLOCKS[type(b).__name__](b, i) for i, b in enumerate(self.model.blocks)]
+        return [BLOCKS[class_path(b)](b, i) for i, b in enumerate(self.model.blocks)]
 
     def embed(self, images: Tensor) -> Tokens:
         x = self.model.patch_embed(images)
