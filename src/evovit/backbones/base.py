@@ -203,7 +203,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 def expect_unsharded(module: nn.Module, what: str) -> None:
     """Raise `EvoViTError` if `fully_shard` was applied to a module that is never called (FSDP2)."""
-    if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+    if type(module).__mro__[1].__name__ == "FSDPModule":  # `fully_shard` puts it first among the bases
         raise EvoViTError(
             f"{what} is sharded by fully_shard, which gathers weights as a module is called, while evovit "
             "calls those inside it; shard the reduced model as a whole, fully_shard(reduced), or modules "
