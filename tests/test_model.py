@@ -324,3 +324,10 @@ def test_a_wrong_command_line_exits_with_2_and_no_traceback() -> None:
 
 def test_py_typed_is_shipped() -> None:
     assert (Path(evovit.__file__).parent / "py.typed").exists()
+
+
+def test_a_feature_map_of_a_method_that_keeps_the_grid_is_one_graph() -> None:
+    reduced, images = evovit.reduce_tokens(make_host("vit_avg"), start_block=1), pictures()
+    with torch.no_grad():
+        compiled = torch.compile(reduced.feature_map, fullgraph=True, backend="aot_eager")(images)
+        assert torch.allclose(compiled, reduced.feature_map(images), rtol=1e-4, atol=1e-5)

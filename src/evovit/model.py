@@ -106,10 +106,12 @@ class ReducedViT(nn.Module):
         instead = "a feature map needs a method that keeps the grid (evo_vit with preserve, rejoin_last)."
         if tokens.num_patches != rows * columns:
             raise EvoViTError(f"{what} {tokens.num_patches} of {rows * columns} patches; {instead}")
-        place, order = tokens.index.sort(1)  # after pooling the index is of the finer grid, in the same order
-        if (place[:, :1] < 0).any() or (place[:, 1:] == place[:, :-1]).any():
-            raise EvoViTError(f"{what} cells of the {rows} x {columns} grid without a token; {instead}")
-        patches = take((backbone.norm(tokens.x) if last else tokens.x)[:, tokens.num_prefix :], order)
+        patches = (backbone.norm(tokens.x) if last else tokens.x)[:, tokens.num_prefix :]
+        if not self.method.keeps_grid:  # one that does has them in raster order; compiled, it is one graph
+            place, order = tokens.index.sort(1)
+            if (place[:, :1] < 0).any() or (place[:, 1:] == place[:, :-1]).any():
+                raise EvoViTError(f"{what} cells of the {rows} x {columns} grid without a token; {instead}")
+            patches = take(patches, order)
         return patches.transpose(1, 2).reshape(patches.shape[0], -1, rows, columns)
 
     def get_classifier(self) -> Any:
