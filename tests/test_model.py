@@ -158,6 +158,8 @@ def test_a_feature_map_places_tokens_by_their_index() -> None:
     """On a grid of the first block, and on the coarser one of pooling, whose index is of the finer."""
 
     class Shuffled(Subsample):
+        keeps_grid = False
+
         def run_block(self, block: Block, tokens: Tokens) -> Tokens:
             tokens = super().run_block(block, tokens)
             if block.number < self.config.block:
