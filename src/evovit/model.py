@@ -192,7 +192,7 @@ def reduce_tokens(
     Args:
         model: a supported host (see `evovit.list_hosts`); it is used as it is, not copied.
         method: a name from `list_methods`, with `options`, or a method's `Config`.
-        verify: prove first that the views reproduce this host exactly (two forwards of two random images).
+        verify: prove first that the views reproduce this host exactly (`check_adapter`: six forwards).
 
     Raises:
         EvoViTError: unsupported host, unknown method or option, a value out of range, a hook that would never

@@ -1,6 +1,6 @@
 """Views of the plain blocks of timm's VisionTransformer: pre-norm and post-norm.
 
-Checked with timm 1.0.26 to 1.0.31. Each view calls the host's modules in the order of the host's forward.
+Checked with timm 1.0.28 to 1.0.31. Each view calls the host's modules in the order of the host's forward.
 """
 
 from __future__ import annotations

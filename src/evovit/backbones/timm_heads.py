@@ -1,6 +1,6 @@
 """timm's heads for training with masks: they pool the tokens that take part.
 
-Checked with timm 1.0.26 to 1.0.31.
+Checked with timm 1.0.28 to 1.0.31.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """timm's Levit (LeViT, Graham et al., ICCV 2021): three stages, relative position bias, no class token.
 
-For methods that keep the grid: attention sub-samples it between stages. Checked with timm 1.0.26 to 1.0.31.
+For methods that keep the grid: attention sub-samples it between stages. Checked with timm 1.0.28 to 1.0.31.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Views of LeViT's blocks and of the attention that down-samples between its stages.
 
 For timm's Levit and for `models.levit_cls`, which names its parts alike. A position bias is gathered by
-`Tokens.index`, so a token keeps its own wherever it sits in the sequence. Checked with timm 1.0.26 to 1.0.31.
+`Tokens.index`, so a token keeps its own wherever it sits in the sequence. Checked with timm 1.0.28 to 1.0.31.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """timm's Eva: EVA, EVA-02, DINOv3, Perception Encoder, RoPE-ViT, Sapiens2; absolute and rotary positions.
 
-Checked with timm 1.0.26 to 1.0.31.
+Checked with timm 1.0.28 to 1.0.31.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Views of the blocks of timm's Eva, where a token's queries and keys are rotated by its place on the grid.
 
 The rotation is looked up by `Tokens.index`, so a token keeps its own wherever it sits in the sequence.
-Checked with timm 1.0.26 to 1.0.31. Each view calls the host's modules in the order of the host's forward.
+Checked with timm 1.0.28 to 1.0.31. Each view calls the host's modules in the order of the host's forward.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """timm's VisionTransformer: ViT, DeiT (also distilled), DeiT-III, AugReg, MAE, CLIP, SigLIP, DINOv2, hybrids.
 
-Checked with timm 1.0.26 to 1.0.31.
+Checked with timm 1.0.28 to 1.0.31.
 """
 
 from __future__ import annotations
