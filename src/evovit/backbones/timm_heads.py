@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from evovit.ops.mask import mask_bias, masked_max, masked_mean
 
-KNOWN = ("VisionTransformer.forward_head", "Eva.forward_head")  # pool, fc_norm, head_drop, head
+KNOWN = ("VisionTransformer", "Eva")  # whose `forward_head` is pool, fc_norm, head_drop, head
 
 
 def mean_of_max_and_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -34,7 +34,8 @@ def masked_logits(host: Any, features: Tensor, mask: Tensor, with_prefix: bool) 
     Returns:
         None where the host pools in another way.
     """
-    if type(host).forward_head.__qualname__ not in KNOWN:
+    owner = next(cls for cls in type(host).__mro__ if "forward_head" in cls.__dict__)
+    if owner.__name__ not in KNOWN:
         return None
     first = host.num_prefix_tokens
     rows = features if with_prefix else features[:, first:]

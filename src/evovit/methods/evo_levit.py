@@ -20,7 +20,7 @@ from evovit.errors import EvoViTError, check_choice
 from evovit.methods import register
 from evovit.methods.base import Method, require_class_token
 from evovit.ops.score import attention_column_mean, class_attention, running_score
-from evovit.ops.slow_fast import Waiting, bring_back, score_awake, set_aside
+from evovit.ops.slow_fast import Waiting, bring_back, num_awake, score_awake, set_aside
 from evovit.options import Number, Ratio, Share, option
 from evovit.schedule import KeepSchedule
 from evovit.tokens import QKV, Tokens
@@ -83,7 +83,8 @@ class EvoLeViT(Method):
         if not all(stage.enter is None or isinstance(stage.enter, LevitEntry) for stage in stages):
             raise EvoViTError("Evo-LeViT needs a host that down-samples by attention, as LeViT does.")
         if self.training:  # a trade-off on which no selection depends gets a gradient too, zero
-            every = (*self.learn_tradeoff, *self.enter_tradeoff)  # replicas have no `parameters()`
+            lists = (self.learn_tradeoff, self.enter_tradeoff)  # replicas have no `parameters()`
+            every = [own[i] for own in lists for i in range(len(own))]
             idle = torch.stack([p.sum() for p in every]).sum() * 0.0
             tokens = tokens.with_x(tokens.x + idle.to(tokens.x.dtype))
         return tokens.change(carry=Waiting())
@@ -131,7 +132,7 @@ class EvoLeViT(Method):
 
     def measure(self, qkv: QKV, tokens: Tokens) -> Tensor:
         """Return the score of each awake token, (B, K) float32; a gradient flows where it weighs tokens."""
-        score = SCORES[self.config.selection](qkv, tokens.num_prefix, tokens.carry.num_awake)
+        score = SCORES[self.config.selection](qkv, tokens.num_prefix, num_awake(tokens.carry))
         return score if self.config.fast_update else score.detach()
 
     def old_weight(self, learnt: Tensor) -> Tensor | float:

@@ -18,7 +18,7 @@ from evovit.errors import EvoViTError, check_choice, check_count
 from evovit.methods import register
 from evovit.methods.base import ClassTokenHead, Method, require_class_token
 from evovit.ops.score import attention_column_mean, class_attention, random_score
-from evovit.ops.slow_fast import Waiting, bring_back, score_awake, set_aside
+from evovit.ops.slow_fast import Waiting, bring_back, num_awake, score_awake, set_aside
 from evovit.options import Count, Number, Ratio, Share, option
 from evovit.schedule import KeepSchedule, per_block
 from evovit.tokens import QKV, Tokens
@@ -128,7 +128,7 @@ class EvoViT(Method):
         measure = SCORES.get(self.config.selection)
         if measure is None or not self.schedule.reads_score(number, self.length, self.old_weights):
             return tokens
-        new = measure(qkv, tokens.num_prefix, tokens.carry.num_awake)
+        new = measure(qkv, tokens.num_prefix, num_awake(tokens.carry))
         new = new if self.config.fast_update else new.detach()  # it weighs tokens (eq. 5), or only ranks them
         return score_awake(tokens, new, self.old_weights[number])
 
@@ -142,7 +142,7 @@ class EvoViT(Method):
     def finish(self, tokens: Tokens) -> Tokens:
         if self.config.rejoin_last or tokens.carry.split is None:
             return self.join(tokens)
-        count = tokens.carry.num_awake
+        count = tokens.carry.awake.shape[1]
         return tokens.change(x=tokens.x[:, : tokens.num_prefix + count], index=tokens.index[:, :count])
 
     def current_config(self) -> Any:

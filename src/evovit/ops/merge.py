@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from evovit.ops.select import take
 
 
-class Match(NamedTuple):
+@dataclass(frozen=True)
+class Match:
     """R of N tokens, the sources, that merge, each into one of the other set of M; all int64 but `joins`."""
 
     order: Tensor  # (B, N) rows: the first set's that stay, ascending, the other set's, then the sources

@@ -24,10 +24,10 @@ class Waiting(NamedTuple):
     before: Tokens | None = None  # all tokens as the stage found them
     summary: Tensor | None = None  # (B, 1, C), the representative token as the stage found it
 
-    @property
-    def num_awake(self) -> int | None:
-        """K, the patch tokens that are awake; None while all are."""
-        return None if self.awake is None else self.awake.shape[1]
+
+def num_awake(state: Waiting) -> int | None:
+    """Return K, the patch tokens that are awake; None while all are."""
+    return None if state.awake is None else state.awake.shape[1]
 
 
 def set_aside(tokens: Tokens, score: Tensor, keep: int, summarise: bool) -> Tokens:
@@ -65,7 +65,7 @@ def bring_back(tokens: Tokens) -> Tokens:
     state, num_prefix = tokens.carry, tokens.num_prefix
     if state.split is None:
         return tokens
-    x, count = state.before.x, num_prefix + state.num_awake
+    x, count = state.before.x, num_prefix + state.awake.shape[1]
     if state.summary is not None:
         x = x + (tokens.x[:, count:] - state.summary)
     x = put(x, state.rows, tokens.x[:, :count])
