@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -32,14 +33,15 @@ class KeepSchedule:
 
     Args:
         ratios: one per block, in (0, 1]; 1 leaves the block alone.
-        rounding: how a count comes from ratio * N: `int` truncates, `math.ceil` rounds up.
+        rounding: how a count comes from ratio * N: `math.floor` or `math.ceil`; `int` would fix the image
+            size at export.
         start: first block that may reduce; stages are counted from it.
         multiple_of: the rows that enter a reduced block are rounded to the nearest multiple of this; to the
             next above where the nearest has less than half of the kept; a multiple of all rows keeps all.
     """
 
     ratios: tuple[float, ...]
-    rounding: Callable[[float], int] = int
+    rounding: Callable[[float], int] = math.floor
     start: int = 0
     multiple_of: int = 1
 

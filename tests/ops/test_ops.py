@@ -16,7 +16,6 @@ from evovit.ops.select import (
     put,
     split_top,
     take,
-    unique_keys,
     with_prefix,
 )
 from evovit.ops.update import representative
@@ -102,14 +101,26 @@ def test_split_orders_negative_tiny_and_huge_scores() -> None:
     assert split_top(score, 4).rows.tolist() == [[1, 2, 3, 5]]
 
 
+def reference(score: torch.Tensor, keep: int) -> torch.Tensor:
+    """Return who is kept by a stable sort: equal scores, the lower position first."""
+    order = score.argsort(dim=1, descending=True, stable=True)
+    return torch.zeros_like(score, dtype=torch.bool).scatter(1, order[:, :keep], True)
+
+
 @pytest.mark.parametrize("num", [1, 7, 196, 1025])
-def test_counting_who_is_ahead_finds_the_same_as_the_threshold(num: int) -> None:
-    for score in (torch.randn(3, num), torch.randint(-2, 2, (3, num)) * 0.5, -torch.zeros(3, num)):
-        key = unique_keys(score)
+def test_threshold_and_count_find_what_a_stable_sort_finds(num: int) -> None:
+    """With ties, signed zeros and numbers below the normal ones."""
+    tiny = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e-38])
+    for score in (
+        torch.randn(3, num),
+        torch.randint(-2, 2, (3, num)) * 0.5,
+        -torch.zeros(3, num),
+        tiny[torch.randint(5, (3, num))],
+    ):
         for keep in {1, (num + 1) // 2, num}:
-            kept = best_by_count(key, keep)
-            assert kept.sum(-1).tolist() == [keep] * 3
-            assert torch.equal(kept, best_by_threshold(key, keep))
+            kept = reference(score, keep)
+            assert torch.equal(best_by_count(score, keep), kept)
+            assert torch.equal(best_by_threshold(score, keep), kept)
 
 
 def test_the_first_patch_tokens_can_be_asked_for_alone() -> None:

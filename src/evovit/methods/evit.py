@@ -81,7 +81,7 @@ class EViT(Method):
         shares = accumulate(self.ratios, mul) if initial else self.ratios
         by_block = dict(zip(self.config.blocks, shares, strict=True))
         by_number = tuple(by_block.get(number, 1.0) for number in range(self.spec.depth))
-        self.schedule = KeepSchedule(by_number, rounding=int if initial else math.ceil)
+        self.schedule = KeepSchedule(by_number, rounding=math.floor if initial else math.ceil)
 
     def count(self, number: int, tokens: Tokens) -> int | None:
         """Return how many patch tokens block `number` keeps, the fused one not counted; None for all."""

@@ -22,38 +22,32 @@ class Split(NamedTuple):
 def split_top(score: Tensor, keep: int) -> Split:
     """Keep the `keep` best scores of each image; equal scores: the lower position wins, on every device.
 
-    Scores become unique integer keys, which are not sorted.
+    Nothing leans on the order in which a `topk` gives equal scores, so every export engine selects alike.
 
     Args:
         score: (B, N) float32, not NaN.
         keep: 1 <= keep <= N.
     """
-    key = unique_keys(score)
+    score = score.detach()
     counts = score.is_cuda and score.shape[1] <= COUNTED
-    kept = best_by_count(key, keep) if counts else best_by_threshold(key, keep)
+    kept = best_by_count(score, keep) if counts else best_by_threshold(score, keep)
     return Split(rows_where(kept, keep), kept)
 
 
-def unique_keys(score: Tensor) -> Tensor:
-    """Return int64 keys (B, N) that order as the scores do and equal scores by position, the lower first."""
-    num = score.shape[1]
-    position = torch.arange(num, device=score.device)
-    bits = (score.detach().float() + 0.0).contiguous().view(torch.int32)  # + 0.0 turns -0.0 into 0.0
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # an integer that grows with the float
-    return ordered.long() * num + (num - 1 - position)
+def best_by_threshold(score: Tensor, keep: int) -> Tensor:
+    """Return (B, N) bool: all above the `keep`-th best score, and of those equal to it the first that fit."""
+    least = score.topk(keep, sorted=False).values.amin(-1, keepdim=True)
+    above, equal = score > least, score == least
+    room = keep - above.sum(-1, keepdim=True)
+    return above | (equal & (equal.int().cumsum(-1) <= room))
 
 
-def best_by_threshold(key: Tensor, keep: int) -> Tensor:
-    """Return (B, N) bool, who is not below the `keep`-th best of unique keys (B, N)."""
-    return key >= key.topk(keep, sorted=False).values.amin(-1, keepdim=True)
-
-
-def best_by_count(key: Tensor, keep: int) -> Tensor:
-    """Return the same by counting who is ahead of whom, N^2 comparisons: on GPUs one small kernel.
-
-    `topk` there finds a 64-bit key two bits at a time, 32 passes one after another.
-    """
-    return (key[:, None, :] > key[:, :, None]).sum(-1) < keep
+def best_by_count(score: Tensor, keep: int) -> Tensor:
+    """Return the same by counting who is ahead of whom, N^2 comparisons: on GPUs one small kernel."""
+    place = torch.arange(score.shape[1], device=score.device)
+    other, own = score[:, None, :], score[:, :, None]
+    ahead = (other > own) | ((other == own) & (place < place[:, None]))
+    return ahead.sum(-1) < keep
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:
