@@ -21,7 +21,7 @@ from evovit.bench.setting import Setting, Variant
 from evovit.bench.step import Subject
 from evovit.errors import EvoViTError
 from evovit.methods import DENSE
-from evovit.runtime.files import write_text
+from evovit.runtime.files import hold_folder, told, write_text
 
 NOISE_FLOOR = 0.005  # of a ratio: what the place of things in memory can do alone
 BUSY_SPREAD = 0.03  # median absolute deviation over median; above it times are called unsteady
@@ -240,16 +240,17 @@ Record = Mapping[str, Any]  # a row as in the file: the fields of `Row`, and of 
 def append_rows(folder: Path, rows: Sequence[Row], around: Record) -> list[Record]:
     """Add rows to `rows.jsonl` of a folder, whole or not at all, and return all it now holds."""
     path = folder / "rows.jsonl"
-    old = path.read_text().splitlines() if path.is_file() else []
-    lines = [
-        *(line for line in old if line.strip()),
-        *(json.dumps({**around, **asdict(row)}) for row in rows),
-    ]
-    try:
-        records = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise EvoViTError(
-            f"{str(path)!r} has a line that is not JSON ({error}); move the file away."
-        ) from error
-    write_text(path, "".join(line + "\n" for line in lines))
+    with hold_folder(folder, wait=True), told(folder):  # another bench may add rows too
+        old = path.read_text().splitlines() if path.is_file() else []
+        lines = [
+            *(line for line in old if line.strip()),
+            *(json.dumps({**around, **asdict(row)}) for row in rows),
+        ]
+        try:
+            records = [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise EvoViTError(
+                f"{str(path)!r} has a line that is not JSON ({error}); move the file away."
+            ) from error
+        write_text(path, "".join(line + "\n" for line in lines))
     return records
