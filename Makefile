@@ -13,4 +13,4 @@ test:
 	python -m pytest
 
 test-all:
-	python -m pytest -m "not gpu"
+	python -m pytest -m "not gpu and not torture"

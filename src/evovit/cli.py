@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -67,8 +68,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"evovit: interrupted{more}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_output()
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _close_output()
+        where = error.filename or "where the output goes"
+        sys.exit(_refuse(f"{error.strerror}: {where}; make room and give the same command again."))
+
+
+def _close_output() -> None:
+    """Let what is still to be printed go nowhere, at the end of the process too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refuse(sentence: str) -> int:

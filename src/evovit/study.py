@@ -123,7 +123,8 @@ def hold(contestant: Contestant, world: World, console: Console) -> Standing:
         if isinstance(model, ReducedViT):
             model.method.set_progress(1.0)
         before.append(evaluate(model, images, recipe, world).top1)
-        train_model(recipe, folder, world, console, images, model)
+        if not train_model(recipe, folder, world, console, images, model):
+            raise SystemExit  # SIGTERM asked to stop, and this has been said
         after.append(evaluate(model, images, recipe, world).top1)
     method = contestant.recipe.method
     return Standing(contestant.name, str(Variant(method.name, method.options)), model.eval(), before, after)

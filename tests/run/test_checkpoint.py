@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import pickle
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import evovit
@@ -199,6 +201,51 @@ def test_a_save_cut_off_anywhere_leaves_the_old_one_or_the_new(
         ]
         steps += 1
     assert found == [False, False, False, True, True]
+
+
+def test_a_save_cut_off_after_another_that_was_leaves_the_newest_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is cut off before its files are in their place; the second writes files of the same names."""
+    images, real, left = pictures(), Path.replace, 0
+
+    def replace(path: Path, target: Path) -> Path:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return real(path, target)
+
+    def save(bias: float, steps: int) -> torch.Tensor:
+        nonlocal left
+        host = make_host("vit")
+        with torch.no_grad():
+            host.head.bias += bias
+        left, reduced = steps, evovit.reduce_tokens(host, start_block=1).eval()
+        with contextlib.suppress(KeyboardInterrupt):
+            save_reduced(reduced, tmp_path)
+        with torch.no_grad():
+            return reduced(images)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    save(0, 99)
+    for steps in (3, 4):
+        whole = save(steps, steps)
+        save(-1, 2)
+        left = 99
+        with torch.no_grad():
+            assert torch.equal(load_reduced(tmp_path, make_host("vit")).eval()(images), whole)
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which safetensors tells with an error of its own."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.serialize_file", refuse)
+    with pytest.raises(evovit.EvoViTError, match="cannot be written .*No space left on device"):
+        save_reduced(evovit.reduce_tokens(make_host("vit"), start_block=1), tmp_path / "model")
 
 
 def test_a_refused_folder_leaves_the_model_as_it_was(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from evovit.errors import EvoViTError
 from evovit.recipe.reading import read_recipe
 from evovit.train import trainer
 from evovit.train.state import read_checkpoint
-from tests.run.processes import finish, losses, outcome, small, start, start_world, train_here
+from tests.run.processes import ONCE, finish, losses, outcome, small, start, start_world, train_here
 
 Outcome = tuple[dict[str, bytes], list[float]]
 
@@ -184,7 +184,6 @@ def test_a_finished_run_stays_as_it_is_and_another_recipe_is_refused(tmp_path: P
 
 
 NESTED = ('model.options.pretrained_cfg_overlay={mean = [0.5, 0.5, 0.5], license = "frei für alle"}',)
-ONCE = ("run.epochs=2", "data.scenes=16", "data.test_scenes=8")
 
 
 def test_a_run_with_nested_options_goes_on(tmp_path: Path) -> None:

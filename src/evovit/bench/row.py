@@ -19,9 +19,9 @@ import torch
 from evovit.bench.profile import Profile
 from evovit.bench.setting import Setting, Variant
 from evovit.bench.step import TimedStep
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, in_one_line
 from evovit.methods import DENSE
-from evovit.runtime.files import write_text
+from evovit.runtime.files import hold_folder, told, write_text
 
 NOISE_FLOOR = 0.005  # of a ratio: what the place of things in memory can do alone
 BUSY_SPREAD = 0.03  # median absolute deviation over median; above it times are called unsteady
@@ -245,18 +245,19 @@ FORMER: dict[str, str] = {
 def append_rows(folder: Path, rows: Sequence[Row], around: Record) -> list[Record]:
     """Add rows to `rows.jsonl` of a folder, whole or not at all, and return all it now holds."""
     path = folder / "rows.jsonl"
-    old = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    lines = [
-        *(line for line in old if line.strip()),
-        *(json.dumps({**around, **asdict(row)}) for row in rows),
-    ]
-    try:
-        records = [read_record(line) for line in lines]
-    except (ValueError, TypeError) as error:
-        raise EvoViTError(
-            f"{str(path)!r} has a line that is no JSON of a row ({error}); move the file away."
-        ) from error
-    write_text(path, "".join(line + "\n" for line in lines))
+    with hold_folder(folder, wait=True), told(folder):  # another bench may add rows too
+        old = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        lines = [
+            *(line for line in old if line.strip()),
+            *(json.dumps({**around, **asdict(row)}) for row in rows),
+        ]
+        try:
+            records = [read_record(line) for line in lines]
+        except (ValueError, TypeError) as error:
+            raise EvoViTError(
+                f"{str(path)!r} has a line that is no JSON of a row ({in_one_line(error)}); move it away."
+            ) from error
+        write_text(path, "".join(line + "\n" for line in lines))
     return records
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from evovit.errors import EvoViTError, in_one_line
 from evovit.methods import build_config, find_method, name_of
 from evovit.model import ReducedViT, reduce_tokens
-from evovit.runtime.files import check_fit, hash_file, read_state_dict, write_atomically, write_text
+from evovit.runtime.files import check_fit, hash_file, read_state_dict, told, write_atomically, write_text
 
 MANIFEST, METHOD, MODEL = "method.json", "method.safetensors", "model.safetensors"
 NEW = "new."  # begins the name of a file that takes its place once the manifest tells its checksum
@@ -40,7 +40,8 @@ def save_reduced(reduced: ReducedViT, folder: str | Path, *, include_model: bool
     states = {METHOD: reduced.method.state_dict()}
     if include_model:
         states[MODEL] = reduced.model.state_dict()
-    try:
+    with told(folder):
+        _complete(folder)
         for name, state in states.items():
             tensors = {key: value.detach().clone().contiguous() for key, value in state.items()}
             write_atomically(folder / f"{NEW}{name}", partial(save_file, tensors))
@@ -57,10 +58,6 @@ def save_reduced(reduced: ReducedViT, folder: str | Path, *, include_model: bool
             (folder / f"{NEW}{name}").replace(folder / name)
         if not include_model:
             (folder / MODEL).unlink(missing_ok=True)  # of an older save
-    except OSError as error:
-        raise EvoViTError(
-            f"{str(folder)!r} cannot be written ({error.strerror}); what was saved there before is whole."
-        ) from error
 
 
 def load_reduced(folder: str | Path, model: nn.Module) -> ReducedViT:
@@ -81,6 +78,18 @@ def load_reduced(folder: str | Path, model: nn.Module) -> ReducedViT:
     if saved is not None:
         model.load_state_dict(saved)
     return reduced
+
+
+def _complete(folder: Path) -> None:
+    """Put the files of a save that was cut off after its manifest in their place."""
+    try:
+        files = _read_manifest(folder / MANIFEST)["files"]
+    except EvoViTError:  # there is none, or it is damaged
+        return
+    for name in (METHOD, MODEL):
+        new = folder / f"{NEW}{name}"
+        if new.is_file() and hash_file(new) == files.get(name):
+            new.replace(folder / name)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

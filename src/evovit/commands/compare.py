@@ -45,6 +45,7 @@ def compare(
     from evovit.errors import EvoViTError, check_choice, check_count
     from evovit.recipe.reading import find_recipes
     from evovit.report.compare import write_report
+    from evovit.runtime.files import hold_folder, told
     from evovit.runtime.world import is_alone, join_world
     from evovit.study import hold, measure, plan, shown_images
     from evovit.train.build import open_images_of
@@ -59,8 +60,10 @@ def compare(
         images = open_images_of(
             contestant.recipe
         )  # tells of a mistake in the last before the first is trained
-    with join_world(contestants[0].recipe.run.device) as world:
+    with hold_folder(out), join_world(contestants[0].recipe.run.device) as world:
         found = [hold(contestant, world, Console()) for contestant in contestants]
         rows = measure(found, world, engine, batch, rounds)
         shown = shown_images(contestants[0].recipe, images, found[0].model, world, PICTURES)
-        print(write_report(out, found, rows, shown))
+        with told(out):
+            report = write_report(out, found, rows, shown)
+    print(report)

@@ -38,15 +38,17 @@ def quickstart(
 
     from evovit.data.digits import digit_scenes
     from evovit.data.images import TEST_SEED
-    from evovit.errors import check_count
+    from evovit.errors import EvoViTError, check_count
     from evovit.models.small_vit import IMAGE_SIZE
     from evovit.report.quickstart import write_report
-    from evovit.runtime.files import make_folder
-    from evovit.runtime.world import join_world
+    from evovit.runtime.files import hold_folder, told
+    from evovit.runtime.world import is_alone, join_world
     from evovit.study import Contestant, digit_recipes, hold, measure
     from evovit.train.build import check_recipe
 
     check_count("speed_rounds", speed_rounds, 1, 10_000)
+    if not is_alone():
+        raise EvoViTError("evovit quickstart runs in one process; train a recipe under torchrun instead.")
     recipes = digit_recipes(
         keep_ratio,
         {"source": "digits", "batch_size": 32, "scenes": scenes_per_epoch, "test_scenes": test_scenes},
@@ -54,12 +56,12 @@ def quickstart(
     )
     for recipe in recipes.values():
         check_recipe(recipe)
-    make_folder(out)
     console = Console()
-    console.print(f"Training two models from scratch, {epochs} epochs each.")
-    with join_world(device) as world:
+    with hold_folder(out), join_world(device) as world:
+        console.print(f"Training two models from scratch, {epochs} epochs each.")
         contestants = [Contestant(name, [(recipe, out / name)]) for name, recipe in recipes.items()]
         found = [hold(contestant, world, console) for contestant in contestants]
         rows = measure(found, world, "eager", 512 if world.device.type == "cuda" else 64, speed_rounds)
         scenes = digit_scenes("test", test_scenes, size=IMAGE_SIZE, seed=TEST_SEED)
-        write_report(out, recipes["evo_vit"], found, rows, scenes, console)
+        with told(out):
+            write_report(out, recipes["evo_vit"], found, rows, scenes, console)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ from evovit.errors import EvoViTError
 from evovit.recipe.tables import Recipe
 from evovit.runtime.seeds import seeded
 from evovit.runtime.world import World
+
+GRACE = 60  # seconds
 
 
 class Unreadable(NamedTuple):
@@ -112,8 +116,15 @@ class PictureImages(Images):
 
     def _load(self, pictures: Pictures, keys: Iterable[list[Any]], device: torch.device) -> Iterator[Batch]:
         workers, own = self.recipe.data.workers, torch.Generator()  # else it draws from the training's
-        loader = DataLoader(pictures, batch_sampler=keys, collate_fn=list, num_workers=workers, generator=own)
-        for items in loader:
+        loader = DataLoader(
+            pictures,
+            batch_sampler=keys,
+            collate_fn=list,
+            num_workers=workers,
+            generator=own,
+            worker_init_fn=outlive_sigterm,
+        )
+        for items in begin(loader):
             for item in items:
                 if isinstance(item, Unreadable):
                     self._report(item)
@@ -133,6 +144,27 @@ class PictureImages(Images):
                 f"{len(self.unreadable)} images cannot be read, data.max_corrupt is {limit}; the last: "
                 f"{item.path} ({item.why})."
             )
+
+
+def begin(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Return the batches of a loader; its processes begin with SIGTERM held back."""
+    if sys.platform == "win32":
+        return iter(loader)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def outlive_sigterm(worker: int) -> None:
+    """Let SIGTERM end a process that reads images only after a while.
+
+    Cluster managers send it to all processes; the main one needs images until it has saved.
+    """
+    if sys.platform != "win32":
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def stacked(tensors: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -183,6 +183,22 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     ]
 
 
+def written(recipe: Recipe) -> str:
+    """Return a recipe as TOML, or raise `EvoViTError` where that would be read back as another recipe."""
+    try:
+        text = recipe.to_toml()
+        given, read = dict(recipe.knobs()), dict(parse_recipe(tomllib.loads(text)).knobs())
+        changed = [key for key in {**given, **read} if given.get(key) != read.get(key)]
+    except (TypeError, ValueError, RecursionError) as error:
+        raise EvoViTError(f"The recipe cannot be written as TOML: {in_one_line(error)}.") from error
+    if changed:
+        told = (f"{key} is {shown(given.get(key))}, read back {shown(read.get(key))}" for key in changed[:5])
+        raise EvoViTError(
+            f"The recipe does not read back as it is written ({'; '.join(told)}); give values that TOML has."
+        )
+    return text
+
+
 def describe_recipe() -> dict[str, tuple[str, list[Described]]]:
     """Return by table what it is about and its options, methods' own after `method`."""
     found = {}

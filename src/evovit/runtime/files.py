@@ -6,7 +6,10 @@ import argparse
 import hashlib
 import os
 import secrets
-from collections.abc import Callable, Mapping
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -23,31 +26,40 @@ WRAPPERS = ("model", "state_dict", "model_state_dict")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a new file beside `path`, sync it, then rename it over `path`.
+    """Let `write` fill a new file in a folder of its own beside `path`, sync it, then rename it over `path`.
 
     What a killed process left half written under this name is removed. The file's mode follows the umask.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, path.name)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(8)}{TEMPORARY}")
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # never through a link
-    mode = temporary.stat().st_mode
+    name = f".{path.name}.{os.getpid()}.{secrets.token_hex(8)}{TEMPORARY}"
+    place = path.with_name(name)  # safetensors makes another file beside the one it is given
+    place.mkdir(0o700)
     try:
+        temporary = place / name
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
         write(temporary)
-        temporary.chmod(mode)  # safetensors makes a file of its own, for this user alone
+        temporary.chmod(mode)  # safetensors' file is for this user alone
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(place)
 
 
-def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove what killed processes left half written in a folder, of one file's name or of any."""
-    for path in folder.glob(f".{'*' if name is None else escape(name)}.*{TEMPORARY}"):
+def remove_leftovers(folder: Path, name: str | None = None, *, held: bool = False) -> None:
+    """Remove what killed processes left half written in a folder, of one file's name or of any.
+
+    Args:
+        held: this process holds the folder, so nobody else writes there, whatever process has the number in
+            a name; names without a number, as safetensors makes them, go too.
+    """
+    found = [*folder.glob(f".{'*' if name is None else escape(name)}.*{TEMPORARY}")]
+    for path in [*found, *folder.glob(f"{TEMPORARY}??????")] if held else found:
         pid = path.name.removesuffix(TEMPORARY).split(".")[-2]
-        if not pid.isdigit() or not _is_alive(int(pid)):
-            path.unlink(missing_ok=True)
+        if held or not pid.isdigit() or not _is_alive(int(pid)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _is_alive(pid: int) -> bool:
@@ -134,6 +146,56 @@ def check_fit(module: nn.Module, state: Mapping[str, Tensor], what: str, where: 
         wrong.append(f"{other[0]} is {tuple(state[other[0]].shape)}, needed {tuple(own[other[0]].shape)}")
     if wrong:
         raise EvoViTError(f"{what} does not fit {where}: {'; '.join(wrong)}.")
+
+
+@contextmanager
+def hold_folder(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Make a folder and hold it, so that no other process does, or raise `EvoViTError`; or wait for it.
+
+    No file is left behind: the system lets go when the holder ends, however it ends. Where it has no such
+    locks, nothing is held.
+    """
+    make_folder(folder)
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    with told(folder):
+        held = [os.open(folder, os.O_RDONLY)]
+
+    def let_go() -> None:
+        while held:
+            os.close(held.pop())
+
+    os.register_at_fork(after_in_child=let_go)  # a process that reads images may outlive a killed holder
+    try:
+        try:
+            fcntl.flock(held[0], fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise EvoViTError(
+                f"{str(folder)!r} is in use by another process; wait for its end, or give another folder."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        let_go()
+
+
+@contextmanager
+def told(folder: Path) -> Iterator[None]:
+    """Turn what the system says where a folder cannot be written into one sentence, an `EvoViTError`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        said = in_one_line(error)
+        if isinstance(error, OSError) and error.strerror:
+            said = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        raise EvoViTError(
+            f"{str(folder)!r} cannot be written ({said}); what was written before is whole: make room there, "
+            "or let this user write, and give the same command again."
+        ) from error
 
 
 def make_folder(path: Path) -> None:

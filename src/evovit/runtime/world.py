@@ -1,16 +1,20 @@
-"""The processes of one training: torchrun's, over NCCL or gloo, or this one alone; and seeds by place."""
+"""The processes of one training: torchrun's, over NCCL or gloo, or this one alone."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from traceback import clear_frames
 
 import torch
 from torch import distributed
 
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, in_one_line, shown
+
+MOST = 10**6  # processes of one training
 
 
 @dataclass(frozen=True)
@@ -42,26 +46,71 @@ class World:
 
 def is_alone() -> bool:
     """Tell whether this process is the only one of its training."""
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return _place("WORLD_SIZE", 1, MOST, "1") == 1
 
 
 @contextmanager
 def join_world(device: str) -> Iterator[World]:
-    """Join the processes that torchrun started, if it did; `device` is auto, cpu or cuda."""
+    """Join the processes that torchrun started, if it did; `device` is auto, cpu or cuda.
+
+    Raises:
+        EvoViTError: there is no such device; the processes cannot meet; one of the others has ended.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise EvoViTError("run.device is 'cuda', but PyTorch finds no CUDA device; use 'auto' or 'cpu'.")
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    place = (
-        torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device("cpu")
-    )
+    size, local = _place("WORLD_SIZE", 1, MOST, "1"), _place("LOCAL_RANK", 0, MOST, "0")
+    place = torch.device("cpu")
     if kind == "cuda":
+        place = torch.device(kind, _place("LOCAL_RANK", 0, torch.cuda.device_count() - 1, str(local)))
         torch.cuda.set_device(place)
     if size == 1:
         yield World(0, 1, place)
         return
-    distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+    rank = _place("RANK", 0, size - 1)
+    _meet("nccl" if kind == "cuda" else "gloo", size)
     try:
         yield World(rank, size, place)
+    except BaseException as error:
+        clear_frames(error.__traceback__)  # what holds the group, as DDP does, goes before the group
+        if isinstance(error, distributed.DistError) or "/gloo/" in str(error):
+            raise EvoViTError(
+                f"Another of the {size} processes has ended or cannot be reached ({_reason(error)}); see "
+                "what it said, and give the same command again."
+            ) from error
+        raise
     finally:
         distributed.destroy_process_group()
+
+
+def _meet(backend: str, size: int) -> None:
+    """Begin what connects the processes; torchrun's are sure to find each other."""
+    port = _place("MASTER_PORT", 1, 65535)
+    if not os.environ.get("MASTER_ADDR"):
+        raise EvoViTError(
+            f"WORLD_SIZE is {size}, but MASTER_ADDR is missing; start the processes with torchrun."
+        )
+    try:
+        distributed.init_process_group(backend)
+    except (RuntimeError, ValueError) as error:
+        raise EvoViTError(
+            f"The {size} processes cannot meet at {os.environ['MASTER_ADDR']}:{port} ({_reason(error)}); "
+            "start them with torchrun."
+        ) from error
+
+
+def _place(name: str, low: int, high: int, default: str | None = None) -> int:
+    """Return a number that torchrun sets in the environment."""
+    text = os.environ.get(name, default)
+    if text is None:
+        raise EvoViTError(f"WORLD_SIZE is above 1, but {name} is missing; start the processes with torchrun.")
+    if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
+        raise EvoViTError(
+            f"{name} is {shown(text)}; allowed is an integer from {low} to {high}: torchrun sets it."
+        )
+    return int(text)
+
+
+def _reason(error: BaseException) -> str:
+    """Return what an error of communication says, without its place in the source and what to do."""
+    return re.sub(r"^\[\S+\] ", "", in_one_line(error)).partition(". ")[0]

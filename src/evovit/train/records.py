@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from evovit.errors import EvoViTError
-from evovit.runtime.files import write_text
+from evovit.runtime.files import told, write_text
 
 STEPS, EPOCHS = "steps.jsonl", "epochs.jsonl"
 Record = dict[str, Any]
@@ -36,14 +36,15 @@ class Records:
             *columns, TimeRemainingColumn(), console=console, transient=True, disable=not live
         )
         self.task = self.bar.add_task(folder.name, total=total, state="")
-        self.send = open_logger(log_to, folder)
+        with told(folder):
+            self.send = open_logger(log_to, folder)
 
     def start(self, update: int) -> None:
         """Go on after `update` updates: lines of later ones, which will come again, go."""
         for name in (STEPS, EPOCHS):
-            kept = [line for line in read_lines(self.folder / name) if line["update"] <= update]
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            write_text(self.folder / name, text)
+            with told(self.folder):
+                kept = [line for line in read_lines(self.folder / name) if line["update"] <= update]
+                write_text(self.folder / name, "".join(json.dumps(line) + "\n" for line in kept))
         self.bar.update(self.task, completed=update)
         self.bar.start()
 
@@ -71,15 +72,10 @@ class Records:
         self.bar.stop()
 
     def _append(self, name: str, record: Record) -> None:
-        try:
+        with told(self.folder):
             with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({key: _as_json(value) for key, value in record.items()}) + "\n")
-        except OSError as error:
-            raise EvoViTError(
-                f"{str(self.folder / name)!r} cannot be written ({error.strerror}); the last checkpoint "
-                "is whole: make room and give the same command again."
-            ) from error
-        self.send(record)
+            self.send(record)
 
 
 def read_lines(path: Path) -> list[Record]:

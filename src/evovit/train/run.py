@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -14,14 +15,14 @@ from evovit.data.images import Images
 from evovit.errors import EvoViTError
 from evovit.macs import gmacs
 from evovit.model import ReducedViT, backbone_of
-from evovit.recipe.reading import differences, read_recipe
+from evovit.recipe.reading import differences, read_recipe, written
 from evovit.recipe.tables import Recipe
 from evovit.runtime.environment import environment, source
-from evovit.runtime.files import write_atomically, write_text
+from evovit.runtime.files import hold_folder, told, write_atomically, write_text
 from evovit.runtime.world import World, join_world
 from evovit.train import state
 from evovit.train.build import open_run
-from evovit.train.trainer import Trainer, accumulation
+from evovit.train.trainer import Trainer, accumulation, stop_signal
 
 
 def train_recipe(
@@ -33,37 +34,50 @@ def train_recipe(
 
     Args:
         recipe: a recipe, or the path of a TOML file.
-        folder: of the run; gets checkpoints, records and the final weights.
+        folder: of the run; gets checkpoints, records and the final weights. No other process may use it
+            meanwhile.
     """
+    return train_in_folder(recipe, folder, console)[0]
+
+
+def train_in_folder(
+    recipe: Recipe | str | Path, folder: str | Path, console: Console | None = None
+) -> tuple[nn.Module, bool]:
+    """Do what `train_recipe` does; also return whether the training is finished."""
     read = recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
     with join_world(read.run.device) as world:
         accumulation(read, world)
-        images, model = open_run(read)
-        train_model(read, Path(folder), world, console or Console(), images, model)
-        return model  # its trainer goes before the world does
+        images, model = open_run(read)  # the trainer goes before the world does
+        return model, train_model(read, Path(folder), world, console or Console(), images, model)
 
 
 def train_model(
     recipe: Recipe, folder: Path, world: World, console: Console, images: Images, model: nn.Module
-) -> None:
-    """Train a model that was built from a recipe, or go on with it, and write its final weights."""
-    if world.is_main:
-        prepare_folder(recipe, folder, world, images, model)
-    world.wait()
-    trainer = Trainer(recipe, images, model, folder, world, console)
-    try:
-        finished = trainer.fit()
-    finally:
-        if trainer.records:
-            trainer.records.close()
-    if finished:
-        settle(model)
-    if world.is_main:
+) -> bool:
+    """Train a model that was built from a recipe, or go on with it, and write its final weights.
+
+    Returns:
+        False if SIGTERM asked to stop before the end.
+    """
+    with stop_signal() as stop, hold_folder(folder) if world.is_main else nullcontext():
+        if world.is_main:
+            prepare_folder(recipe, folder, world, images, model)
+        world.wait()
+        trainer = Trainer(recipe, images, model, folder, world, console)
+        try:
+            finished = trainer.fit(stop)
+        finally:
+            if trainer.records:
+                trainer.records.close()
+        said = f"stopped and saved after update {trainer.update}"
         if finished:
-            save_weights(model, folder / "model")
-            console.print(f"{folder}: finished; weights in {folder / 'model'}", soft_wrap=True)
-        else:
-            console.print(f"{folder}: stopped and saved after update {trainer.update}", soft_wrap=True)
+            settle(model)
+            said = f"finished; weights in {folder / 'model'}"
+        if world.is_main:
+            if finished:
+                save_weights(model, folder / "model")
+            console.print(f"{folder}: {said}", soft_wrap=True)
+    return finished
 
 
 def settle(model: nn.Module) -> None:
@@ -76,7 +90,7 @@ def settle(model: nn.Module) -> None:
 
 def prepare_folder(recipe: Recipe, folder: Path, world: World, images: Images, model: nn.Module) -> None:
     """Make the folder of a run, or check that this recipe may go on in it."""
-    path = folder / "recipe.toml"
+    path, text = folder / "recipe.toml", written(recipe)
     if path.is_file():
         changed = differences(read_recipe(path), recipe)
         if changed:
@@ -84,27 +98,22 @@ def prepare_folder(recipe: Recipe, folder: Path, world: World, images: Images, m
                 f"{str(folder)!r} holds a run of another recipe ({'; '.join(changed[:5])}); give another "
                 "--out, or move it away."
             )
-        state.remove_leftovers(folder)
+        with told(folder):
+            state.clear_folder(folder)
     around = environment(world.device.type) | source() | {"processes": world.size}
     around |= {"num_classes": images.num_classes, "class_names": images.class_names}
     around["gmacs"] = gmacs(model, backbone_of(model).image_shape)
-    try:
-        (folder / state.FOLDER).mkdir(parents=True, exist_ok=True)
+    with told(folder):
+        (folder / state.FOLDER).mkdir(exist_ok=True)
         write_text(folder / "environment.json", json.dumps(around, indent=2))
-        write_text(path, recipe.to_toml())
-    except OSError as error:
-        raise EvoViTError(f"The folder {str(folder)!r} cannot be written: {error.strerror}.") from error
+        write_text(path, text)
 
 
 def save_weights(model: nn.Module, folder: Path) -> None:
     """Write the final weights: for `load_reduced` if the model is reduced, else model.safetensors alone."""
-    try:
+    with told(folder):
         if isinstance(model, ReducedViT):
             save_reduced(model, folder)
         else:
             tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
             write_atomically(folder / "model.safetensors", lambda path: save_file(tensors, path))
-    except OSError as error:
-        raise EvoViTError(
-            f"{str(folder)!r} cannot be written: {error.strerror}; the checkpoints are whole."
-        ) from error

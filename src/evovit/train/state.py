@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from evovit.errors import EvoViTError
-from evovit.runtime.files import hash_file, write_atomically, write_text
+from evovit.runtime.files import hash_file, remove_leftovers, told, write_atomically, write_text
 
 FOLDER = "checkpoints"
 BEST = "best-"
@@ -35,24 +35,25 @@ class Checkpoint(NamedTuple):
 def write_checkpoint(folder: Path, name: str, checkpoint: Checkpoint) -> None:
     """Write a checkpoint, whole or not at all; raises `EvoViTError` where the disk refuses."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in checkpoint.tensors.items()}
-    try:
+    with told(folder):
         write_atomically(folder / f"{name}.safetensors", partial(save_file, tensors))
         content = {"plain": checkpoint.plain, "tensors": hash_file(folder / f"{name}.safetensors")}
         text = json.dumps({**content, "self": _hash(content)}, indent=1)
         write_text(folder / f"{name}.json", text)
-    except (OSError, SafetensorError) as error:
-        raise EvoViTError(
-            f"The checkpoint {name} cannot be written into {str(folder)!r} ({_reason(error)}); what was "
-            "written before is whole: make room and give the same command again."
-        ) from error
 
 
 def write_numbered(folder: Path, update: int, checkpoint: Checkpoint, prefix: str = "") -> None:
     """Write the checkpoint after `update` updates, then drop those no longer needed."""
     write_checkpoint(folder, f"{prefix}{update:09d}", checkpoint)
-    for stale in numbered(folder, prefix)[1 if prefix else KEPT :]:
-        (folder / f"{stale}.json").unlink()  # first: without it the tensors are no checkpoint
-        (folder / f"{stale}.safetensors").unlink(missing_ok=True)
+    drop_older(folder, prefix)
+
+
+def drop_older(folder: Path, prefix: str = "") -> None:
+    """Drop the checkpoints that are no longer needed."""
+    with told(folder):
+        for stale in numbered(folder, prefix)[1 if prefix else KEPT :]:
+            (folder / f"{stale}.json").unlink()  # first: without it the tensors are no checkpoint
+            (folder / f"{stale}.safetensors").unlink(missing_ok=True)
 
 
 def numbered(folder: Path, prefix: str = "") -> list[str]:
@@ -121,14 +122,14 @@ def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left half written in the folder of a run."""
-    for path in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
-        path.unlink(missing_ok=True)
+def clear_folder(folder: Path) -> None:
+    """Remove what a killed process left half written in the folder of a run, which this process holds."""
     checkpoints = folder / FOLDER
+    for place in (folder, checkpoints, folder / "model"):
+        remove_leftovers(place, held=True)
     whole = {path.stem for path in checkpoints.glob("*.json")}
     for path in checkpoints.glob("*.safetensors"):
-        if path.stem not in whole:
+        if path.stem not in whole and path.stem.removeprefix(BEST).isdigit():
             path.unlink()
 
 
@@ -161,7 +162,3 @@ def restore_optimizers(
 
 def _hash(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class Trainer:
         self.recipe, self.images, self.world = recipe, images, world
         self.model = model.to(world.device).train()
         self.accumulate = accumulation(recipe, world)
+        self.shares = {"processes": world.size, "forwards": self.accumulate}  # of a batch
         self.per_epoch = images.updates
         self.total = run.epochs * self.per_epoch
         self.objective = build_objective(recipe, self.model, images.num_classes).to(world.device)
@@ -75,26 +76,27 @@ class Trainer:
         if world.size > 1:
             self.forward = DistributedDataParallel(self.objective)
 
-    def fit(self) -> bool:
-        """Train to the end; False if SIGTERM asked to stop before."""
+    def fit(self, stop: Sequence[object] = ()) -> bool:
+        """Train to the end; False if there was something in `stop` before, as `stop_signal` puts it there."""
         run = self.recipe.run
         if self.world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # another training may have run in this process
-        with stop_signal() as stop:
-            if self.records:
-                self.records.start(self.update)
-            while self.update < self.total:
-                epoch, first = divmod(self.update, self.per_epoch)
-                self.set_epoch(epoch)
-                batches = self.images.train(epoch, first, self.world, self.accumulate)
-                for _ in range(first, self.per_epoch):
-                    asked = self.step(epoch, batches, bool(stop))
-                    if self.update % self.per_epoch == 0:
-                        self.end_epoch(epoch)
-                    elif asked or (run.checkpoint_every and self.update % run.checkpoint_every == 0):
-                        self.save()
-                    if asked and self.update < self.total:
-                        return False
+        if self.records:
+            self.records.start(self.update)
+            for prefix in ("", state.BEST):
+                state.drop_older(self.folder, prefix)
+        while self.update < self.total:
+            epoch, first = divmod(self.update, self.per_epoch)
+            self.set_epoch(epoch)
+            batches = self.images.train(epoch, first, self.world, self.accumulate)
+            for _ in range(first, self.per_epoch):
+                asked = self.step(epoch, batches, bool(stop))
+                if self.update % self.per_epoch == 0:
+                    self.end_epoch(epoch)
+                elif asked or (run.checkpoint_every and self.update % run.checkpoint_every == 0):
+                    self.save()
+                if asked and self.update < self.total:
+                    return False
         self.set_epoch(run.epochs - 1)  # also where everything was done before
         return True
 
@@ -240,7 +242,7 @@ class Trainer:
                 "skipped_in_row": self.skipped_in_row,
             }
             plain |= {"best": self.best, "totals": self.totals, "unreadable": self.images.unreadable}
-            plain["scaler"] = self.scaler.state_dict()
+            plain |= {"scaler": self.scaler.state_dict()} | self.shares
             state.write_numbered(self.folder, self.update, state.Checkpoint(tensors, plain), prefix)
         self.world.wait()
 
@@ -261,8 +263,15 @@ class Trainer:
         self.update, self.best, self.totals = plain["update"], plain["best"], plain["totals"]
         self.skipped, self.skipped_in_row = plain["skipped"], plain["skipped_in_row"]
         self.images.unreadable |= plain["unreadable"]
+        before = {key: plain.get(key, now) for key, now in self.shares.items()}
         if self.records:
             self.records.log(f"going on after update {self.update} of {self.total}")
+            if before != self.shares:
+                then, now = (f"{x['processes']} x {x['forwards']}" for x in (before, self.shares))
+                self.records.log(
+                    f"an update was {then} forwards (processes x forwards of each) and is now {now}: the "
+                    "weights will differ from those of an undisturbed run"
+                )
 
 
 def accumulation(recipe: Recipe, world: World) -> int:
