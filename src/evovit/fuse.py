@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from evovit.backbones import adapt
+from evovit.backbones.base import expect_module
 from evovit.errors import EvoViTError
 from evovit.model import ReducedViT
 
@@ -33,6 +34,8 @@ def fuse_batch_norm(model: Model, tolerance: float = 1e-4) -> Model:
     Raises:
         EvoViTError: nothing to fold, or the result differs.
     """
+    expect_module(model, "model")
+    adapt(model.model if isinstance(model, ReducedViT) else model)  # refuses what has no adapter
     fused = copy.deepcopy(model).eval()
     host = fused.model if isinstance(fused, ReducedViT) else fused
     weight = next(host.parameters())
@@ -66,7 +69,12 @@ def fuse_batch_norm(model: Model, tolerance: float = 1e-4) -> Model:
 @torch.no_grad()
 def _results(host: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return features and logits in float32."""
-    return adapt(host).host_features(images).float(), host(images).float()
+    results = adapt(host).host_features(images), host(images)
+    if not all(isinstance(result, Tensor) for result in results):
+        raise EvoViTError(
+            f"{type(host).__name__} gives no tensor of logits, so a fused copy cannot be checked."
+        )
+    return results[0].float(), results[1].float()
 
 
 @torch.no_grad()

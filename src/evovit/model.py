@@ -11,12 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from evovit.backbones import Backbone, adapt, check_adapter
 from evovit.backbones.base import is_hooked
-from evovit.errors import EvoViTError, check_count
+from evovit.errors import EvoViTError, check_count, shown
 from evovit.methods import build_config, find_method, find_method_of
 from evovit.methods.base import Method
 from evovit.ops.select import take
 from evovit.tokens import Outputs, Tokens
 
+MOST_CLASSES = 10_000_000
 Prepare = Callable[[Tokens], Tokens]
 
 
@@ -63,6 +64,10 @@ class ReducedViT(nn.Module):
         """Run embedding and all blocks: the road from image to tokens."""
         if not torch.compiler.is_compiling():
             backbone.expect_unsharded()
+        channels = backbone.image_shape[0]
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != channels:
+            what = tuple(images.shape) if isinstance(images, Tensor) else shown(images)
+            raise EvoViTError(f"images is {what}; give a tensor (B, {channels}, height, width).")
         tokens, trace = backbone.embed(images), []
         tokens, stages = tokens if prepare is None else prepare(tokens), backbone.stages()
         tokens = self.method.begin(tokens, stages)
@@ -120,6 +125,7 @@ class ReducedViT(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give host and method a fresh head for `num_classes`."""
+        check_count("num_classes", num_classes, 0, MOST_CLASSES)
         self.host.reset_classifier(num_classes, global_pool)
         self.method.reset_classifier(num_classes)
 
@@ -208,7 +214,7 @@ def reduce_tokens(
             )
         cls, config = find_method_of(method), method
     else:
-        raise EvoViTError(f"method is {method!r}; give a method's name or its Config.")
+        raise EvoViTError(f"method is {shown(method)}; give a method's name or its Config.")
     backbone = adapt(model)
     backbone.expect_unsharded()
     refuse_hooks(backbone, model)

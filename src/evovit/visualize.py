@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from evovit.errors import EvoViTError
 from evovit.model import ReducedViT
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ def kept_patches(model: ReducedViT, images: Tensor) -> Tensor:
         model: in evaluation mode.
         images: (B, channels, height, width).
     """
+    if not isinstance(model, ReducedViT):
+        raise EvoViTError(f"model is a {type(model).__name__}; give a reduced model, of reduce_tokens.")
     trace = model.run(images, record=True).trace
     masks = []
     for tokens in trace:

@@ -525,7 +525,7 @@ def test_the_gpu_table_fails_where_a_row_is_missing(table: Any) -> None:
 
 @pytest.mark.slow
 def test_what_one_process_compiles_another_finds(tmp_path: Path) -> None:
-    tiny = f"(gpu_table.Group('a', {{'model': {MODEL!r}, 'batch': 2, 'modes': ('compiled',)}}, ()),)"
+    tiny = f"(gpu_table.Group('a', {{'model': {MODEL!r}, 'batch': 2, 'engines': ('compiled',)}}, ()),)"
     script = f"import gpu_table; gpu_table.GROUPS = {tiny}; gpu_table.main()"
     path = Path(__file__).parents[2] / "benchmarks"
     around = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -17,7 +17,7 @@ from torch import nn
 
 from evovit.backbones.base import Backbone, BackboneSpec, Block, Stage, run_dense
 from evovit.backbones.proof import LARGE_TOLERANCE, worst_errors
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, in_one_line, shown
 
 __all__ = [
     "Backbone",
@@ -65,6 +65,8 @@ def _find(host: type) -> type[Backbone]:
 
 def adapt(model: nn.Module) -> Backbone:
     """Return the view of a host model; raises `EvoViTError`, listing the known hosts, for any other."""
+    if not isinstance(model, nn.Module):
+        raise EvoViTError(f"model is {shown(model)}; give a network, a torch.nn.Module.")
     return _find(type(model))(model)
 
 
@@ -86,14 +88,22 @@ def check_adapter(model: nn.Module, tolerance: float = 1e-4) -> None:
         return
     if weight.dtype in (torch.float16, torch.bfloat16):
         tolerance = max(tolerance, 0.05)
-    found = worst_errors(model, adapt)
+    try:
+        found = worst_errors(model, adapt)
+    except EvoViTError:
+        raise
+    except Exception as error:  # a host of another kind fails in its own way
+        raise EvoViTError(
+            f"{type(model).__name__} does not run as its family does ({in_one_line(error)}); use a host "
+            "that takes images and gives logits, or write an adapter (docs/adding_a_backbone.md)."
+        ) from error
     limits = (tolerance, *(max(tolerance, LARGE_TOLERANCE),) * 2)
     when = ("", " once weights are large", " in training mode")
-    for error, limit, where in zip(found, limits, when, strict=True):
-        if not error <= limit:
+    for apart, limit, where in zip(found, limits, when, strict=True):
+        if not apart <= limit:
             raise EvoViTError(
                 f"{type(model).__name__} is not reproduced exactly{where}: with nothing reduced the output "
-                f"differs by {error:.1e} of its size (allowed {limit:.0e}), so it has a feature this version "
+                f"differs by {apart:.1e} of its size (allowed {limit:.0e}), so it has a feature this version "
                 "of evovit ignores; use a library version evovit was checked with, or extend the adapter "
                 "(docs/adding_a_backbone.md)."
             )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, shown
 from evovit.ops.select import take_qkv
 from evovit.tokens import QKV, Tokens
 
@@ -192,6 +192,14 @@ def mixed_values(qkv: QKV, bias: Tensor | None, mix: Mix | None, dropout: float)
             f"of {dropout:g}; create the host without it."
         )
     return mix(qkv, bias)
+
+
+def expect_module(model: object, what: str) -> None:
+    """Raise `EvoViTError` unless something is a network, with weights."""
+    if not isinstance(model, nn.Module):
+        raise EvoViTError(f"{what} is {shown(model)}; give a network, a torch.nn.Module.")
+    if not any(p.is_floating_point() for p in model.parameters()):
+        raise EvoViTError(f"{what} is a {type(model).__name__} without weights; give a network.")
 
 
 def is_hooked(module: nn.Module) -> bool:

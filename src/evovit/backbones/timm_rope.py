@@ -14,7 +14,7 @@ from evovit.backbones import adapter
 from evovit.backbones.base import Backbone, Stage, class_path, expect_class, expect_parts, raster_tokens
 from evovit.backbones.timm_heads import masked_logits
 from evovit.backbones.timm_rope_blocks import BLOCKS, EvaBlock, rotation_table
-from evovit.backbones.timm_vit import HOST_PARTS, timm_grid, timm_spec
+from evovit.backbones.timm_vit import HOST_PARTS, check_size, timm_grid, timm_spec
 from evovit.tokens import Tokens
 
 
@@ -43,6 +43,7 @@ class TimmEva(Backbone):
         return views
 
     def embed(self, images: Tensor) -> Tokens:
+        check_size(self.model, images)
         x = self.model.patch_embed(images)
         grid = timm_grid(self.model, x)
         x, rope = self.model._pos_embed(x)  # in training the host may shift or scale the positions at random

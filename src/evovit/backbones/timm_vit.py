@@ -61,6 +61,16 @@ def timm_spec(host: Any, num_heads: int) -> BackboneSpec:
     )
 
 
+def check_size(host: Any, images: Tensor) -> None:
+    """Raise `EvoViTError` where images are of another size than a host of one size takes."""
+    patches = host.patch_embed
+    if getattr(patches, "strict_img_size", False) and tuple(images.shape[2:]) != tuple(patches.img_size):
+        raise EvoViTError(
+            f"images are {images.shape[2]} x {images.shape[3]} pixels and the host takes "
+            f"{patches.img_size[0]} x {patches.img_size[1]}; resize them, or create the host with img_size."
+        )
+
+
 def timm_grid(host: Any, embedded: Tensor) -> tuple[int, int]:
     """Return (rows, columns) of the patch embedding's output: (B, rows, columns, C), or else (B, N, C)."""
     rows, columns = embedded.shape[1:3] if host.dynamic_img_size else host.patch_embed.grid_size
@@ -86,6 +96,7 @@ class TimmViT(Backbone):
         return [BLOCKS[class_path(b)](b, i) for i, b in enumerate(self.model.blocks)]
 
     def embed(self, images: Tensor) -> Tokens:
+        check_size(self.model, images)
         x = self.model.patch_embed(images)
         grid = timm_grid(self.model, x)
         x = self.model.norm_pre(self.model._pos_embed(x))

@@ -21,7 +21,7 @@ from evovit.checkpoints.official_lv_vit import (
     load_lv_vit_host,
     load_sit,
 )
-from evovit.errors import EvoViTError, nearest
+from evovit.errors import EvoViTError, in_one_line, nearest, shown
 from evovit.model import ReducedViT, reduce_tokens
 from evovit.models.evo_deit import build_evo_deit
 from evovit.runtime.files import plain_state_dict, read_state_dict
@@ -40,11 +40,20 @@ def load_official(name: str, source: str | Path | Mapping[str, Tensor], **option
         EvoViTError: unknown method, missing or damaged file, a checkpoint of another model, contradicting
         options.
     """
-    if name not in LOADERS:
+    if not isinstance(name, str) or name not in LOADERS:
         there = f"there are {', '.join(sorted(LOADERS))}"
-        raise EvoViTError(f"There is no official loader {name!r}; {there}.{nearest(name, LOADERS)}")
+        raise EvoViTError(f"There is no official loader {shown(name)}; {there}.{nearest(name, LOADERS)}")
+    if not isinstance(source, str | Path | Mapping):
+        raise EvoViTError(f"source is {shown(source)}; give the path of a checkpoint, or its state dict.")
     state = plain_state_dict(source, "source") if isinstance(source, Mapping) else read_state_dict(source)
-    return LOADERS[name](state, **options).eval()
+    try:
+        return LOADERS[name](state, **options).eval()
+    except EvoViTError:
+        raise
+    except Exception as error:  # tensors and options of strangers contradict each other in many ways
+        raise EvoViTError(
+            f"The checkpoint does not make a {name} with {shown(options)} ({in_one_line(error)})."
+        ) from error
 
 
 def _load_evo_vit(
@@ -102,7 +111,9 @@ def _load_evo_vit(
         if heads and model.method.class_head is not None:
             model.method.class_head.load_state_dict(heads)
     except (KeyError, RuntimeError) as error:
-        raise EvoViTError(f"The Evo-ViT checkpoint is incomplete or inconsistent: {error}") from error
+        raise EvoViTError(
+            f"The Evo-ViT checkpoint is incomplete or inconsistent: {in_one_line(error)}."
+        ) from error
     return model
 
 
@@ -141,7 +152,9 @@ def _load_deit(
         grid = (height // patch[0], width_px // patch[1])
         host.load_state_dict(state | {"pos_embed": _resize_positions(state["pos_embed"], side, grid)})
     except (KeyError, RuntimeError) as error:
-        raise EvoViTError(f"The {name} checkpoint is incomplete or inconsistent: {error}") from error
+        raise EvoViTError(
+            f"The {name} checkpoint is incomplete or inconsistent: {in_one_line(error)}."
+        ) from error
     return reduce_tokens(host, name, verify=False, **options)
 
 
@@ -180,16 +193,16 @@ def _load_dynamic_vit(state: dict[str, Tensor], **options: Any) -> ReducedViT:
         model.method.load_state_dict(own)
     except RuntimeError as error:
         count = len(model.method.config.blocks)
-        raise EvoViTError(f"The predictors do not fit the {count} blocks: {error}") from error
+        raise EvoViTError(f"The predictors do not fit the {count} blocks: {in_one_line(error)}.") from error
     return model
 
 
 def _checked_heads(num_heads: int | None, width: int) -> int:
     """Return `num_heads`, which no tensor tells; raises `EvoViTError` unless it divides the width."""
-    if num_heads is None or num_heads < 1 or width % num_heads:
+    if type(num_heads) is not int or num_heads < 1 or width % num_heads:
         raise EvoViTError(
-            f"num_heads is {num_heads}; give the number of attention heads, a divisor of the width {width} "
-            "(DeiT: width / 64)."
+            f"num_heads is {shown(num_heads)}; give the number of attention heads, a divisor of the width "
+            f"{width} (DeiT: width / 64)."
         )
     return num_heads
 

@@ -11,7 +11,7 @@ from typing import Any
 from timm.models.levit import Levit, LevitDistilled
 from torch import Tensor, nn
 
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, in_one_line, shown
 from evovit.model import ReducedViT, reduce_tokens
 from evovit.models.levit_cls import SIZES, LevitCls
 
@@ -151,8 +151,8 @@ def _host(
     key_dim = sizes.get(dims) if key_dim is None else key_dim
     if key_dim is None or key_dim < 1 or any(row % (4 * key_dim) for row in rows):
         raise EvoViTError(
-            f"key_dim is {key_dim}; give the width of a head's keys (16 in LeViT-128S and 128, 32 in the "
-            f"others), a divisor of {' and '.join(str(row // 4) for row in rows)}."
+            f"key_dim is {shown(key_dim)}; give the width of a head's keys (16 in LeViT-128S and 128, 32 in "
+            f"the others), a divisor of {' and '.join(str(row // 4) for row in rows)}."
         )
     positions = state["poss"].shape[1] - 1 if layout.pairs else state[f"{first[0]}attention_biases"].shape[1]
     side = isqrt(positions) * 16
@@ -185,4 +185,6 @@ def _in_a_sentence() -> Iterator[None]:
     try:
         yield
     except (KeyError, RuntimeError, IndexError) as error:
-        raise EvoViTError(f"The LeViT checkpoint is incomplete or inconsistent: {error}") from error
+        raise EvoViTError(
+            f"The LeViT checkpoint is incomplete or inconsistent: {in_one_line(error)}."
+        ) from error

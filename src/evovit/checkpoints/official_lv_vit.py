@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, in_one_line, shown
 from evovit.model import ReducedViT, reduce_tokens
 from evovit.models.lv_vit import LVViT
 
@@ -62,8 +62,9 @@ def load_lv_vit_host(
     heads, divisor = num_heads or heads, skip_lam or divisor
     if not heads or not divisor or width % heads:
         raise EvoViTError(
-            f"num_heads is {num_heads} and skip_lam {skip_lam}; a {name} of width {width} and {depth} blocks "
-            "is no released size, so give both: the heads and what residual branches are divided by."
+            f"num_heads is {shown(num_heads)} and skip_lam {shown(skip_lam)}; a {name} of width {width} and "
+            f"{depth} blocks is no released size, so give both: the heads and what residual branches are "
+            "divided by."
         )
     projection = state.get("patch_embed.proj.weight")
     convolutions = sum(key.startswith("patch_embed.conv") for key in state)
@@ -90,7 +91,9 @@ def load_lv_vit_host(
         )
         host.load_state_dict(state)
     except (KeyError, RuntimeError) as error:
-        raise EvoViTError(f"The {name} checkpoint is incomplete or inconsistent: {error}") from error
+        raise EvoViTError(
+            f"The {name} checkpoint is incomplete or inconsistent: {in_one_line(error)}."
+        ) from error
     return host
 
 
@@ -137,7 +140,9 @@ def load_sit(
     try:
         model.method.load_state_dict(own)
     except RuntimeError as error:
-        raise EvoViTError(f"The slimming modules do not fit blocks and keep_ratio: {error}") from error
+        raise EvoViTError(
+            f"The slimming modules do not fit blocks and keep_ratio: {in_one_line(error)}."
+        ) from error
     return model
 
 

@@ -16,10 +16,19 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from evovit.errors import EvoViTError, in_one_line
+from evovit.backbones.base import expect_module
+from evovit.errors import EvoViTError, in_one_line, shown
 from evovit.methods import build_config, find_method, name_of
 from evovit.model import ReducedViT, reduce_tokens
-from evovit.runtime.files import check_fit, hash_file, read_state_dict, told, write_atomically, write_text
+from evovit.runtime.files import (
+    as_path,
+    check_fit,
+    hash_file,
+    read_state_dict,
+    told,
+    write_atomically,
+    write_text,
+)
 
 MANIFEST, METHOD, MODEL = "method.json", "method.safetensors", "model.safetensors"
 NEW = "new."  # begins the name of a file that takes its place once the manifest tells its checksum
@@ -34,7 +43,9 @@ def save_reduced(reduced: ReducedViT, folder: str | Path, *, include_model: bool
     Raises:
         EvoViTError: the folder cannot be written.
     """
-    folder, config = Path(folder), reduced.method.current_config()
+    if not isinstance(reduced, ReducedViT):
+        raise EvoViTError(f"{shown(reduced)} is no reduced model; give what reduce_tokens returns.")
+    folder, config = as_path(folder), reduced.method.current_config()
     if folder.exists() and not folder.is_dir():
         raise EvoViTError(f"{str(folder)!r} is a file; give a folder to save into.")
     states = {METHOD: reduced.method.state_dict()}
@@ -66,7 +77,8 @@ def load_reduced(folder: str | Path, model: nn.Module) -> ReducedViT:
     Raises:
         EvoViTError: a folder that is damaged or does not fit; the host is then as it was.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
+    expect_module(model, "model")
     content = _read_manifest(folder / MANIFEST)
     own = _read_state(folder, METHOD, content)
     saved = _read_state(folder, MODEL, content) if content["includes_model"] else None

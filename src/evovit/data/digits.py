@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from evovit.errors import EvoViTError
+from evovit.errors import check_choice, check_count
 
 Split = Literal["train", "test"]
 
@@ -52,8 +52,6 @@ def colours(images: Tensor) -> Tensor:
 @cache
 def digits(split: Split) -> Digits:
     """Return the source digits of a split; the two splits share no source image."""
-    if split not in get_args(Split):
-        raise EvoViTError(f"split is {split!r}; allowed is 'train' or 'test'.")
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -75,12 +73,12 @@ def digit_scenes(
         num_fragments: fragments of other digits on each canvas.
         seed: every choice follows from it; another number gives fresh scenes.
     """
+    check_choice("split", split, get_args(Split))
+    check_count("num_scenes", num_scenes, 1, 100_000_000)
+    check_count("size", size, SMALLEST_CANVAS, 4096, "pixels")
+    check_count("num_fragments", num_fragments, 0, 1000)
+    check_count("seed", seed, 0, 2**63 - 1)
     source = digits(split)
-    if num_scenes < 1 or size < SMALLEST_CANVAS or num_fragments < 0:
-        raise EvoViTError(
-            f"num_scenes={num_scenes}, size={size}, num_fragments={num_fragments}; allowed is "
-            f"num_scenes >= 1, size >= {SMALLEST_CANVAS} pixels and num_fragments >= 0."
-        )
     rng = torch.Generator().manual_seed(seed)
     chunks = [
         _draw(source, min(CHUNK, num_scenes - start), size, num_fragments, rng)

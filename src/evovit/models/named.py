@@ -7,11 +7,12 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, check_count
 from evovit.methods.base import Method
 
 __all__: list[str] = []  # no entry points
 
+MOST = 1_000_000  # classes, pixels, channels
 REGISTRY_ONLY = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_model_args")
 
 
@@ -21,6 +22,11 @@ def own_options(pretrained: bool, kwargs: dict[str, Any], what: str, call: str) 
     Args:
         what: the weights, and `call` how to load the authors', for the sentence if `pretrained` is asked for.
     """
+    for key in ("num_classes", "img_size", "in_chans"):
+        sizes = kwargs.get(key, 1)
+        low = 0 if key == "num_classes" else 1
+        for size in sizes if isinstance(sizes, tuple | list) else (sizes,):
+            check_count(key, size, low, MOST)
     if pretrained:
         raise EvoViTError(
             f"No {what} are hosted; download the authors' checkpoint and use evovit.{call}, or create the "

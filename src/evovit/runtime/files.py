@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from evovit.errors import EvoViTError, in_one_line
+from evovit.errors import EvoViTError, in_one_line, shown
 
 TEMPORARY = ".tmp"  # ends the name of a file that is being written
 WRAPPERS = ("model", "state_dict", "model_state_dict")
@@ -127,6 +127,13 @@ def plain_state_dict(content: Any, what: str) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise EvoViTError(f"{what} holds no state dict (tensors by name, or such under 'model').")
     return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def as_path(path: object) -> Path:
+    """Return a path given as text or as a `Path`; raises `EvoViTError` for anything else."""
+    if not isinstance(path, str | Path) or not str(path) or "\x00" in str(path):
+        raise EvoViTError(f"{shown(path)} is no path; give the path of a file or folder.")
+    return Path(path)
 
 
 def hash_file(path: Path) -> str:

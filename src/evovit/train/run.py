@@ -18,7 +18,7 @@ from evovit.model import ReducedViT, backbone_of
 from evovit.recipe.reading import differences, read_recipe, written
 from evovit.recipe.tables import Recipe
 from evovit.runtime.environment import environment, source
-from evovit.runtime.files import hold_folder, told, write_atomically, write_text
+from evovit.runtime.files import as_path, hold_folder, told, write_atomically, write_text
 from evovit.runtime.world import World, join_world
 from evovit.train import state
 from evovit.train.build import open_run
@@ -44,7 +44,7 @@ def train_in_folder(
     recipe: Recipe | str | Path, folder: str | Path, console: Console | None = None
 ) -> tuple[nn.Module, bool]:
     """Do what `train_recipe` does; also return whether the training is finished."""
-    read = recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
+    read = recipe if isinstance(recipe, Recipe) else read_recipe(as_path(recipe))
     with join_world(read.run.device) as world:
         accumulation(read, world)
         images, model = open_run(read)  # the trainer goes before the world does
