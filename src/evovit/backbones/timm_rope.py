@@ -14,7 +14,7 @@ from evovit.backbones import adapter
 from evovit.backbones.base import Backbone, Stage, class_path, expect_class, expect_parts, raster_tokens
 from evovit.backbones.timm_heads import masked_logits
 from evovit.backbones.timm_rope_blocks import BLOCKS, EvaBlock, rotation_table
-from evovit.backbones.timm_vit import HOST_PARTS, timm_grid, timm_spec
+from evovit.backbones.timm_vit import HOST_PARTS, timm_grid, timm_spec, timm_takes
 from evovit.tokens import Tokens
 
 
@@ -41,6 +41,9 @@ class TimmEva(Backbone):
             own = table[number] if table is not None and self.model.rope_mixed else table
             views.append(BLOCKS[class_path(block)](block, number, own))
         return views
+
+    def takes(self, height: int, width: int) -> bool:
+        return timm_takes(self.model, height, width)
 
     def embed(self, images: Tensor) -> Tokens:
         x = self.model.patch_embed(images)

@@ -67,6 +67,14 @@ def timm_grid(host: Any, embedded: Tensor) -> tuple[int, int]:
     return rows, columns
 
 
+def timm_takes(host: Any, height: int, width: int) -> bool:
+    """Tell whether a flat timm host runs on images of this size in pixels."""
+    if not host.dynamic_img_size:
+        return (height, width) == tuple(host.patch_embed.img_size)
+    rows, columns = host.patch_embed.patch_size
+    return getattr(host.patch_embed, "dynamic_img_pad", False) or not (height % rows or width % columns)
+
+
 @adapter("timm.models.vision_transformer.VisionTransformer")
 class TimmViT(Backbone):
     """View of timm's `VisionTransformer` and its subclasses."""
@@ -84,6 +92,9 @@ class TimmViT(Backbone):
     def blocks(self) -> list[PreNormBlock]:
         """Return fresh views of the blocks."""
         return [BLOCKS[class_path(b)](b, i) for i, b in enumerate(self.model.blocks)]
+
+    def takes(self, height: int, width: int) -> bool:
+        return timm_takes(self.model, height, width)
 
     def embed(self, images: Tensor) -> Tokens:
         x = self.model.patch_embed(images)

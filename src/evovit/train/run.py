@@ -11,16 +11,17 @@ from torch import nn
 
 from evovit.checkpoints.reduced import save_reduced
 from evovit.data.images import Images
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, check_kind, shown
 from evovit.macs import gmacs
 from evovit.model import ReducedViT, backbone_of
 from evovit.recipe.reading import differences, read_recipe
 from evovit.recipe.tables import Recipe
 from evovit.runtime.environment import environment, source
-from evovit.runtime.files import write_atomically, write_text
+from evovit.runtime.files import as_path, make_folder, write_atomically, write_text
 from evovit.runtime.world import World, join_world
 from evovit.train import state
 from evovit.train.build import open_run
+from evovit.train.records import say
 from evovit.train.trainer import Trainer, accumulation
 
 
@@ -35,11 +36,14 @@ def train_recipe(
         recipe: a recipe, or the path of a TOML file.
         folder: of the run; gets checkpoints, records and the final weights.
     """
-    read = recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
+    read = recipe if isinstance(recipe, Recipe) else read_recipe(as_path(recipe, "recipe"))
+    place = as_path(folder, "folder")
+    if console is not None:
+        check_kind("console", console, Console, "one of rich, or none")
     with join_world(read.run.device) as world:
         accumulation(read, world)
         images, model = open_run(read)
-        train_model(read, Path(folder), world, console or Console(), images, model)
+        train_model(read, place, world, console or Console(), images, model)
         return model  # its trainer goes before the world does
 
 
@@ -61,9 +65,9 @@ def train_model(
     if world.is_main:
         if finished:
             save_weights(model, folder / "model")
-            console.print(f"{folder}: finished; weights in {folder / 'model'}", soft_wrap=True)
+            say(console, f"{folder}: finished; weights in {folder / 'model'}")
         else:
-            console.print(f"{folder}: stopped and saved after update {trainer.update}", soft_wrap=True)
+            say(console, f"{folder}: stopped and saved after update {trainer.update}")
 
 
 def settle(model: nn.Module) -> None:
@@ -76,12 +80,13 @@ def settle(model: nn.Module) -> None:
 
 def prepare_folder(recipe: Recipe, folder: Path, world: World, images: Images, model: nn.Module) -> None:
     """Make the folder of a run, or check that this recipe may go on in it."""
+    make_folder(folder)
     path = folder / "recipe.toml"
-    if path.is_file():
+    if path.exists():
         changed = differences(read_recipe(path), recipe)
         if changed:
             raise EvoViTError(
-                f"{str(folder)!r} holds a run of another recipe ({'; '.join(changed[:5])}); give another "
+                f"{shown(folder)} holds a run of another recipe ({'; '.join(changed[:5])}); give another "
                 "--out, or move it away."
             )
         state.remove_leftovers(folder)
@@ -93,7 +98,7 @@ def prepare_folder(recipe: Recipe, folder: Path, world: World, images: Images, m
         write_text(folder / "environment.json", json.dumps(around, indent=2))
         write_text(path, recipe.to_toml())
     except OSError as error:
-        raise EvoViTError(f"The folder {str(folder)!r} cannot be written: {error.strerror}.") from error
+        raise EvoViTError(f"The folder {shown(folder)} cannot be written: {error.strerror}.") from error
 
 
 def save_weights(model: nn.Module, folder: Path) -> None:
@@ -106,5 +111,5 @@ def save_weights(model: nn.Module, folder: Path) -> None:
             write_atomically(folder / "model.safetensors", lambda path: save_file(tensors, path))
     except OSError as error:
         raise EvoViTError(
-            f"{str(folder)!r} cannot be written: {error.strerror}; the checkpoints are whole."
+            f"{shown(folder)} cannot be written: {error.strerror}; the checkpoints are whole."
         ) from error
