@@ -76,7 +76,7 @@ def test_images_of_as_many_classes_as_possible_are_chosen() -> None:
 
 def test_a_name_in_a_picture_is_short_lines_of_plain_letters() -> None:
     assert plain(r"$\frac$") == r"\$\frac\$"
-    assert plain("a\x1bb\nc") == "a b c"
+    assert plain("a\x1bb\nc") == r"a\x1bb c"
     lines = plain("a name " * 40).splitlines()
     assert max(map(len, lines)) <= 24 and sum(map(len, lines)) <= 72 and lines[-1].endswith("...")
 

@@ -8,9 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from evovit.backbones import adapt
-from evovit.backbones.base import expect_module
-from evovit.errors import EvoViTError
+from evovit.backbones import adapt, check_tolerance, read_host
+from evovit.errors import EvoViTError, in_one_line
 from evovit.model import ReducedViT
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -34,13 +33,15 @@ def fuse_batch_norm(model: Model, tolerance: float = 1e-4) -> Model:
     Raises:
         EvoViTError: nothing to fold, or the result differs.
     """
-    expect_module(model, "model")
-    adapt(model.model if isinstance(model, ReducedViT) else model)  # refuses what has no adapter
+    tolerance = check_tolerance(tolerance)
+    shape = read_host(model.model if isinstance(model, ReducedViT) else model).image_shape
     fused = copy.deepcopy(model).eval()
     host = fused.model if isinstance(fused, ReducedViT) else fused
-    weight = next(host.parameters())
+    weight = next(p for p in host.parameters() if p.is_floating_point())
+    if weight.is_meta:
+        raise EvoViTError("The host is on the meta device and has no values to fuse; create it on the CPU.")
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn((2, *adapt(host).image_shape), generator=generator).to(weight)
+    images = torch.randn((2, *shape), generator=generator).to(weight)
     used = list[nn.Module]()
     norms = [module for module in host.modules() if isinstance(module, Norm)]
     hooks = [norm.register_forward_hook(lambda module, *_: used.append(module)) for norm in norms]
@@ -69,12 +70,13 @@ def fuse_batch_norm(model: Model, tolerance: float = 1e-4) -> Model:
 @torch.no_grad()
 def _results(host: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return features and logits in float32."""
-    results = adapt(host).host_features(images), host(images)
-    if not all(isinstance(result, Tensor) for result in results):
+    try:
+        return adapt(host).host_features(images).float(), host(images).float()
+    except Exception as error:  # a stranger's forward raises what it likes
         raise EvoViTError(
-            f"{type(host).__name__} gives no tensor of logits, so a fused copy cannot be checked."
-        )
-    return results[0].float(), results[1].float()
+            f"This {type(host).__name__} gives no features and logits for random images of its own size "
+            f"({type(error).__name__}: {in_one_line(error)}); check it with evovit.check_adapter."
+        ) from error
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -11,9 +12,12 @@ import torch
 from torch import nn
 
 from evovit import models  # registers the named models in timm
-from evovit.errors import EvoViTError, nearest, shown
+from evovit.errors import EvoViTError, in_one_line, nearest, shown
+from evovit.models.named import check_arguments, refusal
 
 __all__ = ["check_name", "create_host", "models"]
+
+ELSEWHERE = {"pretrained": "pretrained", "checkpoint_path": "weights"}  # arguments of timm's: what to set
 
 
 def check_name(name: str, what: str = "model") -> str:
@@ -25,20 +29,35 @@ def check_name(name: str, what: str = "model") -> str:
     return name
 
 
+def check_options(options: Mapping[str, Any], what: str = "model.options") -> None:
+    """Raise `EvoViTError` for arguments that say where weights come from, or of wrong kinds."""
+    for key, instead in ELSEWHERE.items():
+        if key in options:
+            raise EvoViTError(f"{what} has {key}, which is said elsewhere: set {instead}.")
+    check_arguments(options)
+
+
 def create_host(
-    name: str, *, pretrained: bool = False, what: str = "model", seed: int | None = None, **options: Any
+    name: str,
+    options: Mapping[str, Any] = {},
+    *,
+    pretrained: bool = False,
+    what: str = "model",
+    seed: int | None = None,
 ) -> nn.Module:
     """Create a timm model on the current default device.
 
     Args:
+        options: further arguments of `timm.create_model`.
         what: what the name is, for sentences, such as `model.name`.
         seed: for a model that draws its own weights from a seed.
-        options: further arguments of `timm.create_model`.
 
     Raises:
         EvoViTError: an unknown name, arguments the model does not take, weights that cannot be had.
     """
     check_name(name, what)
+    check_options(options, f"{what.removesuffix('.name')}.options")
+    options = dict(options)
     if seed is not None and ":" not in name:
         entry = timm.model_entrypoint(name)
         options |= {"seed": seed} if "seed" in inspect.signature(entry).parameters else {}
@@ -54,7 +73,7 @@ def create_host(
     except EvoViTError:
         raise
     except Exception as error:  # a constructor given a stranger's options raises what it likes
-        told = " ".join(f"{type(error).__name__}: {error}".split())
         if pretrained and isinstance(error, OSError | RuntimeError):
+            told = f"{type(error).__name__}: {in_one_line(error)}"
             raise EvoViTError(f"{what}: the weights of {name} cannot be had ({told}).") from error
-        raise EvoViTError(f"timm cannot make {name} with {shown(options)} ({told}).") from error
+        raise refusal(f"timm cannot make {name}", options, error) from error

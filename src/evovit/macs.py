@@ -12,10 +12,10 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from evovit.backbones.base import evaluating, expect_module
-from evovit.errors import EvoViTError, check_count, in_one_line, shown
+from evovit.backbones.base import evaluating
+from evovit.errors import EvoViTError, check_count, check_kind, in_one_line, shown
 
-MOST = 100_000  # pixels of a side
+MOST_PIXELS = 1_000_000  # of an image's side
 
 
 def gmacs(model: nn.Module, image_shape: Sequence[int]) -> float:
@@ -24,22 +24,27 @@ def gmacs(model: nn.Module, image_shape: Sequence[int]) -> float:
     Args:
         model: a host, a `ReducedViT` or any other network; its weights may lie anywhere.
         image_shape: (channels, height, width).
+
+    Raises:
+        EvoViTError: no network, another shape, a network that does not run on it.
     """
-    expect_module(model, "model")
-    if not isinstance(image_shape, Sequence) or isinstance(image_shape, str) or len(image_shape) != 3:
+    check_kind("model", model, nn.Module, "a host, a reduced model or another network")
+    shape = image_shape if isinstance(image_shape, Sequence) and not isinstance(image_shape, str) else ()
+    if len(shape) != 3:
         raise EvoViTError(f"image_shape is {shown(image_shape)}; give (channels, height, width).")
-    for side in image_shape:
-        check_count("image_shape", side, 1, MOST)
+    sides = [check_count("a side in image_shape", side, 1, MOST_PIXELS) for side in shape]
     state = dict(model.named_parameters()) | dict(model.named_buffers())
     on_meta = {name: tensor.detach().to("meta") for name, tensor in state.items()}
     kind = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32)
-    images = torch.empty(1, *image_shape, device="meta", dtype=kind)
-    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        try:
+    images = torch.empty(1, *sides, device="meta", dtype=kind)
+    try:
+        with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
             functional_call(model, on_meta, (images,))
-        except (RuntimeError, AssertionError, TypeError, ValueError, AttributeError) as error:
-            raise EvoViTError(
-                f"{type(model).__name__} does not run on images of {tuple(image_shape)}, so its work cannot "
-                f"be counted ({in_one_line(error)})."
-            ) from error
+    except EvoViTError:
+        raise
+    except Exception as error:  # a stranger's forward raises what it likes
+        raise EvoViTError(
+            f"The work of this {type(model).__name__} on an image of {tuple(sides)} cannot be counted "
+            f"({type(error).__name__}: {in_one_line(error)}); give the shape of its images."
+        ) from error
     return int(counter.get_total_flops()) / 2e9

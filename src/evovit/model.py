@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from evovit.backbones import Backbone, adapt, check_adapter
+from evovit.backbones import Backbone, adapt, check_adapter, read_host
 from evovit.backbones.base import is_hooked
 from evovit.errors import EvoViTError, check_count, shown
 from evovit.methods import build_config, find_method, find_method_of
 from evovit.methods.base import Method
 from evovit.ops.select import take
+from evovit.options import MOST
 from evovit.tokens import Outputs, Tokens
 
-MOST_CLASSES = 10_000_000
 Prepare = Callable[[Tokens], Tokens]
 
 
@@ -64,10 +64,7 @@ class ReducedViT(nn.Module):
         """Run embedding and all blocks: the road from image to tokens."""
         if not torch.compiler.is_compiling():
             backbone.expect_unsharded()
-        channels = backbone.image_shape[0]
-        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != channels:
-            what = tuple(images.shape) if isinstance(images, Tensor) else shown(images)
-            raise EvoViTError(f"images is {what}; give a tensor (B, {channels}, height, width).")
+            backbone.expect_images(images)
         tokens, trace = backbone.embed(images), []
         tokens, stages = tokens if prepare is None else prepare(tokens), backbone.stages()
         tokens = self.method.begin(tokens, stages)
@@ -101,8 +98,9 @@ class ReducedViT(nn.Module):
         """
         backbone = adapt(self.model)
         depths = backbone.spec.depths
-        check_count("stage", stage, -len(depths), len(depths) - 1, "stages count from 0")
-        stage %= len(depths)
+        stage = check_count("stage", stage, -len(depths), len(depths) - 1, "stages count from 0") % len(
+            depths
+        )
         last = stage == len(depths) - 1
         tokens, trace = self.blocks(backbone, images, record=not last)
         tokens = self.method.finish(tokens if last else trace[sum(depths[: stage + 1]) - 1])
@@ -117,7 +115,7 @@ class ReducedViT(nn.Module):
             if (place[:, :1] < 0).any() or (place[:, 1:] == place[:, :-1]).any():
                 raise EvoViTError(f"{what} cells of the {rows} x {columns} grid without a token; {instead}")
             patches = take(patches, order)
-        return patches.transpose(1, 2).reshape(patches.shape[0], -1, rows, columns)
+        return patches.transpose(1, 2).reshape(*patches.shape[::2], rows, columns)
 
     def get_classifier(self) -> Any:
         """Return the host's classifier."""
@@ -125,7 +123,7 @@ class ReducedViT(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give host and method a fresh head for `num_classes`."""
-        check_count("num_classes", num_classes, 0, MOST_CLASSES)
+        check_count("num_classes", num_classes, 0, MOST)
         self.host.reset_classifier(num_classes, global_pool)
         self.method.reset_classifier(num_classes)
 
@@ -198,12 +196,14 @@ def reduce_tokens(
     Args:
         model: a supported host (see `evovit.list_hosts`); it is used as it is, not copied.
         method: a name from `list_methods`, with `options`, or a method's `Config`.
-        verify: prove first that the views reproduce this host exactly (`check_adapter`: six forwards).
+        verify: prove first that the views reproduce this host exactly (two forwards of two random images).
 
     Raises:
         EvoViTError: unsupported host, unknown method or option, a value out of range, a hook that would never
         run, a host that is not reproduced.
     """
+    if isinstance(model, ReducedViT):
+        raise EvoViTError("model is reduced already; wrap its host, model.model.")
     if isinstance(method, str):
         cls = find_method(method)
         config = build_config(cls, options)
@@ -215,10 +215,10 @@ def reduce_tokens(
         cls, config = find_method_of(method), method
     else:
         raise EvoViTError(f"method is {shown(method)}; give a method's name or its Config.")
-    backbone = adapt(model)
+    backbone = read_host(model)
     backbone.expect_unsharded()
     refuse_hooks(backbone, model)
-    if verify:
+    if verify is not False:
         check_adapter(model)
     like = next(p for p in model.parameters() if p.is_floating_point())
     return ReducedViT(model, cls(config, backbone.spec).to(like.device, like.dtype))

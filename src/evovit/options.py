@@ -30,7 +30,7 @@ from typing import (
 )
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter
 
 from evovit.errors import EvoViTError, listed, nearest, shown
 
@@ -76,9 +76,10 @@ class Options:
             given = getattr(self, name)
             try:
                 value = adapter.validate_python(_plain(given, kind))
-            except ValidationError:
+            except (ValueError, RuntimeError):  # also a tensor without values, a list that holds itself
                 hint = nearest(given, get_args(kind)) if get_origin(kind) is Literal else ""
-                sentence = f"{self.title}{name} is {shown(given)}; allowed is {allowed(kind)}.{hint}"
+                most = "" if _small(given) else f", at most {MOST}"
+                sentence = f"{self.title}{name} is {shown(given)}; allowed is {allowed(kind)}{most}.{hint}"
                 raise EvoViTError(sentence) from None
             object.__setattr__(self, name, value)
 
@@ -102,6 +103,8 @@ def _checks(cls: Any) -> dict[str, tuple[Any, TypeAdapter[Any]]]:
 def _plain(value: Any, kind: Any) -> Any:
     """Return a value of Python's own types: scalars of NumPy and PyTorch as numbers, lists as tuples."""
     if isinstance(value, str):
+        if not is_text(value):
+            raise ValueError("no file can hold it as text")
         members = _members(kind)
         return None if value == "none" and NoneType in members and str not in members else value
     if isinstance(value, list | tuple):
@@ -109,6 +112,15 @@ def _plain(value: Any, kind: Any) -> Any:
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         return value.item()
     return tuple(value.tolist()) if getattr(value, "ndim", None) == 1 and hasattr(value, "tolist") else value
+
+
+def is_text(value: str) -> bool:
+    """Tell whether a file, or the name of one, can hold the text: no NUL, no half of a character."""
+    return "\x00" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def _small(value: Any) -> bool:
+    return not isinstance(value, int) or value <= MOST
 
 
 def _members(kind: Any) -> tuple[Any, ...]:
@@ -137,11 +149,9 @@ def _one(kind: Any) -> str:
     low = next((limit for limit in limits if isinstance(limit, Ge | Gt)), None)
     high = next((limit for limit in limits if isinstance(limit, Le | Lt) and limit != Le(MOST)), None)
     if isinstance(low, Ge) and isinstance(high, Le):
-        return f"{word} from {low.ge:g} to {high.le:g}"
-    first = "" if low is None else f", {low.ge:g} or more" if isinstance(low, Ge) else f" above {low.gt:g}"
-    last = (
-        "" if high is None else f", at most {high.le:g}" if isinstance(high, Le) else f", below {high.lt:g}"
-    )
+        return f"{word} from {low.ge} to {high.le}"
+    first = "" if low is None else f", {low.ge} or more" if isinstance(low, Ge) else f" above {low.gt}"
+    last = "" if high is None else f", at most {high.le}" if isinstance(high, Le) else f", below {high.lt}"
     return word + first + last
 
 
@@ -199,7 +209,7 @@ def read_value(text: str) -> Any:
 
 def read_assignment(text: str, example: str) -> tuple[str, Any]:
     """Return name and value of `name=value`; raises `EvoViTError`, with an example, for anything else."""
-    name, equals, value = text.partition("=")
+    name, equals, value = text.partition("=") if isinstance(text, str) else ("", "", "")
     if not equals or not name.strip():
         raise EvoViTError(f"{shown(text)} is not of the form name=value, such as {example}.")
     return name.strip(), read_value(value)
@@ -208,8 +218,13 @@ def read_assignment(text: str, example: str) -> tuple[str, Any]:
 def read_named(text: str) -> tuple[str, dict[str, Any]]:
     """Return name and options of `NAME:option=value,option=value`; commas in brackets do not part."""
     name, _, rest = text.partition(":")
-    parts = _split(rest) if rest.strip() else []
-    return name.strip(), dict(read_assignment(part, "keep_ratio=0.5") for part in parts)
+    options: dict[str, Any] = {}
+    for part in _split(rest) if rest.strip() else []:
+        key, value = read_assignment(part, "keep_ratio=0.5")
+        if key in options:
+            raise EvoViTError(f"{shown(text)} gives {key} twice; give it once.")
+        options[key] = value
+    return name.strip(), options
 
 
 def _split(text: str) -> Sequence[str]:

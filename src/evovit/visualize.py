@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from evovit.errors import EvoViTError
+from evovit.errors import check_kind, printable
 from evovit.model import ReducedViT
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ def kept_patches(model: ReducedViT, images: Tensor) -> Tensor:
         model: in evaluation mode.
         images: (B, channels, height, width).
     """
-    if not isinstance(model, ReducedViT):
-        raise EvoViTError(f"model is a {type(model).__name__}; give a reduced model, of reduce_tokens.")
+    check_kind("model", model, ReducedViT, "what reduce_tokens returns")
     trace = model.run(images, record=True).trace
     masks = []
     for tokens in trace:
@@ -108,7 +107,7 @@ def several_classes(labels: Tensor, count: int) -> list[int]:
 
 def plain(name: str, line: int = LINE) -> str:
     """Return a name as a picture's text: in short lines, cut where it is long, a dollar sign no formula."""
-    text = "".join(letter if letter.isprintable() else " " for letter in name)
+    text = printable(name)
     text = text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
     return textwrap.fill(text, line).replace("$", r"\$")
 

@@ -6,11 +6,13 @@ module whose import registers them.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +29,9 @@ __all__ = [
     "adapt",
     "adapter",
     "check_adapter",
+    "check_tolerance",
     "list_hosts",
+    "read_host",
     "run_dense",
 ]
 
@@ -65,9 +69,32 @@ def _find(host: type) -> type[Backbone]:
 
 def adapt(model: nn.Module) -> Backbone:
     """Return the view of a host model; raises `EvoViTError`, listing the known hosts, for any other."""
-    if not isinstance(model, nn.Module):
-        raise EvoViTError(f"model is {shown(model)}; give a network, a torch.nn.Module.")
     return _find(type(model))(model)
+
+
+def read_host(model: nn.Module) -> Backbone:
+    """Return the view of a host that comes from outside, or one sentence that says why there is none."""
+    cls = _find(type(model))
+    if not any(p.is_floating_point() for p in model.parameters()):
+        raise EvoViTError(
+            f"This {type(model).__name__} has no floating-point weights, and methods compute with such; give "
+            "the host as it is before it is quantised."
+        )
+    try:
+        backbone = cls(model)
+    except EvoViTError:
+        raise
+    except Exception as error:  # a host whose parts somebody took away or replaced
+        raise EvoViTError(
+            f"This {type(model).__name__} is not built as its library builds it ({in_one_line(error)}); give "
+            "it with one block or more and all its parts."
+        ) from error
+    if 0 in (*backbone.spec.depths, *backbone.spec.grid):
+        raise EvoViTError(
+            f"This {type(model).__name__} has {backbone.spec.depth} blocks and a {backbone.spec.grid[0]} x "
+            f"{backbone.spec.grid[1]} grid of patches; give one with a block and a patch at least."
+        )
+    return backbone
 
 
 def check_adapter(model: nn.Module, tolerance: float = 1e-4) -> None:
@@ -82,31 +109,40 @@ def check_adapter(model: nn.Module, tolerance: float = 1e-4) -> None:
         tolerance: largest difference allowed with the host's weights, relative to the largest value; for
             float16 and bfloat16 hosts not below 0.05, which is their rounding.
     """
-    adapt(model).check_structure()
-    weight = next(model.parameters())
+    tolerance = check_tolerance(tolerance)
+    read_host(model).check_structure()
+    weight = next(p for p in model.parameters() if p.is_floating_point())
     if weight.is_meta:
         return
     if weight.dtype in (torch.float16, torch.bfloat16):
         tolerance = max(tolerance, 0.05)
     try:
         found = worst_errors(model, adapt)
-    except EvoViTError:
+    except (EvoViTError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # a host of another kind fails in its own way
+    except Exception as error:  # a stranger's forward raises what it likes
         raise EvoViTError(
-            f"{type(model).__name__} does not run as its family does ({in_one_line(error)}); use a host "
-            "that takes images and gives logits, or write an adapter (docs/adding_a_backbone.md)."
+            f"This {type(model).__name__} does not run on random images of its own size "
+            f"({type(error).__name__}: {in_one_line(error)}); give a host that does, with all its weights on "
+            "one device and in one type."
         ) from error
     limits = (tolerance, *(max(tolerance, LARGE_TOLERANCE),) * 2)
     when = ("", " once weights are large", " in training mode")
-    for apart, limit, where in zip(found, limits, when, strict=True):
-        if not apart <= limit:
+    for difference, limit, where in zip(found, limits, when, strict=True):
+        if not difference <= limit:
             raise EvoViTError(
                 f"{type(model).__name__} is not reproduced exactly{where}: with nothing reduced the output "
-                f"differs by {apart:.1e} of its size (allowed {limit:.0e}), so it has a feature this version "
-                "of evovit ignores; use a library version evovit was checked with, or extend the adapter "
-                "(docs/adding_a_backbone.md)."
+                f"differs by {difference:.1e} of its size (allowed {limit:.0e}), so it has a feature this "
+                "version of evovit ignores; use a library version evovit was checked with, or extend "
+                "the adapter (docs/adding_a_backbone.md)."
             )
+
+
+def check_tolerance(tolerance: Any) -> float:
+    """Return a largest relative difference; raises `EvoViTError` unless it is a finite number, 0 or more."""
+    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < math.inf:
+        raise EvoViTError(f"tolerance is {shown(tolerance)}; allowed is a finite number, 0 or more.")
+    return float(tolerance)
 
 
 for _module in iter_modules(__path__):

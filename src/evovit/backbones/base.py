@@ -170,6 +170,40 @@ class Backbone(ABC):
         for module in self.bypassed():
             expect_unsharded(module, f"The host's {type(module).__name__.removeprefix('FSDP')}")
 
+    def takes(self, height: int, width: int) -> bool:
+        """Tell whether the host runs on images of this size in pixels; default: it says so itself."""
+        return True
+
+    @final
+    def expect_images(self, images: Tensor) -> None:
+        """Raise `EvoViTError` unless images suit the host: shape, type and device."""
+        channels, rows, columns = self.image_shape
+        what = f"give a tensor (B, {channels}, height, width), such as (1, {channels}, {rows}, {columns})"
+        if not isinstance(images, Tensor):
+            raise EvoViTError(f"images is {shown(images)}; {what}.")
+        shape = tuple(images.shape)
+        if len(shape) != 4 or shape[1] != channels or 0 in shape:
+            raise EvoViTError(f"images is a tensor {shape}; {what}.")
+        if not self.takes(*shape[2:]):
+            raise EvoViTError(
+                f"images has {shape[2]} x {shape[3]} pixels, and the host takes {rows} x {columns}; create "
+                "it with the images' img_size."
+            )
+        kind = images.device.type
+        mixes = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        mixes = mixes and images.is_floating_point()
+        weights = (p for p in next(self.bypassed()).parameters() if p.is_floating_point())
+        kinds = [f"{images.dtype} on {images.device}"]
+        for p in weights:  # the first one suits, as a rule
+            if images.device == p.device and (mixes or images.dtype == p.dtype) and not images.is_sparse:
+                return
+            kinds.append(f"{p.dtype} on {p.device}")
+        if len(kinds) == 1:  # a replica of DataParallel lists no weights
+            return
+        given, first, *_ = [kind.removeprefix("torch.") for kind in kinds]
+        given = f"sparse {given}" if images.is_sparse else given
+        raise EvoViTError(f"images is {given}, and the host's weights are {first}; use images.to(...).")
+
     @abstractmethod
     def check_structure(self) -> None:
         """Raise `EvoViTError` where the host holds a part that this adapter does not know."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from evovit.backbones.base import Backbone, evaluating, run_dense
+from evovit.errors import EvoViTError
 
 GAINS = (3.0, 1.0)  # deviation that a matrix gives of inputs with deviation 1; the first that works
 LARGE_TOLERANCE = 1e-3  # with enlarged weights rounding grows too, block by block
@@ -50,7 +51,13 @@ def worst_errors(model: nn.Module, adapt: Adapt) -> tuple[float, float, float]:
     images = torch.randn((count, *adapt(model).image_shape), generator=generator).to(weight)
     with torch.no_grad():
         with evaluating(model):
-            as_it_is = _worst(both(images[:2]))
+            pairs = both(images[:2])
+        as_it_is = _worst(pairs)
+        if not all(host.isfinite().all() for host, _ in pairs):
+            raise EvoViTError(
+                f"{type(model).__name__} is not reproduced exactly: it gives values that are not finite "
+                "on random images; load weights that are whole."
+            )
         images = images.float()
         for gain in GAINS:  # without norms by token, as in LeViT, values grow from block to block
             state = enlarged(model, adapt(model), gain, generator)
@@ -119,6 +126,12 @@ def _seeded(run: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 def _worst(pairs: list[tuple[Tensor, Tensor]]) -> float:
     """Return the largest difference relative to the host's largest value; infinite where shapes differ."""
+    for found in (each for pair in pairs for each in pair):
+        if not isinstance(found, Tensor):
+            raise EvoViTError(
+                f"The host returns a {type(found).__name__}, and evovit reads one tensor, features or "
+                "logits; give a host that returns that alone."
+            )
     errors = [float("inf")] * any(host.shape != ours.shape for host, ours in pairs)
     for host, ours in pairs if not errors else ():
         error = (ours.float() - host.float()).abs().max() / host.float().abs().max().clamp_min(1e-12)

@@ -1,6 +1,6 @@
 """timm's Eva: EVA, EVA-02, DINOv3, Perception Encoder, RoPE-ViT, Sapiens2; absolute and rotary positions.
 
-Checked with timm 1.0.28 to 1.0.31.
+Checked with timm 1.0.26 to 1.0.31.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from evovit.backbones import adapter
 from evovit.backbones.base import Backbone, Stage, class_path, expect_class, expect_parts, raster_tokens
 from evovit.backbones.timm_heads import masked_logits
 from evovit.backbones.timm_rope_blocks import BLOCKS, EvaBlock, rotation_table
-from evovit.backbones.timm_vit import HOST_PARTS, check_size, timm_grid, timm_spec
+from evovit.backbones.timm_vit import HOST_PARTS, timm_grid, timm_spec, timm_takes
 from evovit.tokens import Tokens
 
 
@@ -42,8 +42,10 @@ class TimmEva(Backbone):
             views.append(BLOCKS[class_path(block)](block, number, own))
         return views
 
+    def takes(self, height: int, width: int) -> bool:
+        return timm_takes(self.model, height, width)
+
     def embed(self, images: Tensor) -> Tokens:
-        check_size(self.model, images)
         x = self.model.patch_embed(images)
         grid = timm_grid(self.model, x)
         x, rope = self.model._pos_embed(x)  # in training the host may shift or scale the positions at random

@@ -64,8 +64,10 @@ def projected(attn: Any, x: Tensor) -> Sequence[Tensor]:
 def rope_qkv(attn: Any, x: Tensor, tokens: Tokens, table: Tensor | None) -> QKV:
     """Return q, k, v of normed tokens x (B, T, C) as timm's `EvaAttention` and `AttentionRope` do."""
     q, k, v = projected(attn, x)
-    shape = (*x.shape[:2], -1, q.shape[-1] // attn.num_heads)
-    q, k, v = (y.reshape(shape).transpose(1, 2) for y in (q, k, v))  # (B, H or K, T, D)
+    dim = q.shape[-1] // attn.num_heads
+    q, k, v = (
+        y.reshape(*y.shape[:2], y.shape[2] // dim, dim).transpose(1, 2) for y in (q, k, v)
+    )  # (B, H or K, T, D)
     q, k = attn.q_norm(q), attn.k_norm(k)
     if table is not None:
         rotation = table[..., tokens.index, :]  # (B, N, 2 * D) or (H, B, N, 2 * D)

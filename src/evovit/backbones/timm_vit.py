@@ -61,20 +61,18 @@ def timm_spec(host: Any, num_heads: int) -> BackboneSpec:
     )
 
 
-def check_size(host: Any, images: Tensor) -> None:
-    """Raise `EvoViTError` where images are of another size than a host of one size takes."""
-    patches = host.patch_embed
-    if getattr(patches, "strict_img_size", False) and tuple(images.shape[2:]) != tuple(patches.img_size):
-        raise EvoViTError(
-            f"images are {images.shape[2]} x {images.shape[3]} pixels and the host takes "
-            f"{patches.img_size[0]} x {patches.img_size[1]}; resize them, or create the host with img_size."
-        )
-
-
 def timm_grid(host: Any, embedded: Tensor) -> tuple[int, int]:
     """Return (rows, columns) of the patch embedding's output: (B, rows, columns, C), or else (B, N, C)."""
     rows, columns = embedded.shape[1:3] if host.dynamic_img_size else host.patch_embed.grid_size
     return rows, columns
+
+
+def timm_takes(host: Any, height: int, width: int) -> bool:
+    """Tell whether a flat timm host runs on images of this size in pixels."""
+    if not host.dynamic_img_size:
+        return (height, width) == tuple(host.patch_embed.img_size)
+    rows, columns = host.patch_embed.patch_size
+    return getattr(host.patch_embed, "dynamic_img_pad", False) or not (height % rows or width % columns)
 
 
 @adapter("timm.models.vision_transformer.VisionTransformer")
@@ -95,8 +93,10 @@ class TimmViT(Backbone):
         """Return fresh views of the blocks."""
         return [BLOCKS[class_path(b)](b, i) for i, b in enumerate(self.model.blocks)]
 
+    def takes(self, height: int, width: int) -> bool:
+        return timm_takes(self.model, height, width)
+
     def embed(self, images: Tensor) -> Tokens:
-        check_size(self.model, images)
         x = self.model.patch_embed(images)
         grid = timm_grid(self.model, x)
         x = self.model.norm_pre(self.model._pos_embed(x))

@@ -188,7 +188,7 @@ def build_host(setting: Setting) -> nn.Module:
     """Build the timm model on the current default device in float32."""
     name = setting.model
     size: dict[str, Any] = {} if setting.size is None else {"img_size": setting.size}
-    model = create_host(name, pretrained=setting.pretrained, **size)
+    model = create_host(name, size, pretrained=setting.pretrained)
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if setting.size and patch and any(setting.size % side for side in patch):
         raise EvoViTError(f"size is {setting.size}; allowed is a multiple of the patch's {patch[0]} pixels.")

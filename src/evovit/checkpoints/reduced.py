@@ -16,14 +16,14 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from evovit.backbones.base import expect_module
-from evovit.errors import EvoViTError, in_one_line, shown
+from evovit.errors import EvoViTError, check_kind, shown
 from evovit.methods import build_config, find_method, name_of
 from evovit.model import ReducedViT, reduce_tokens
 from evovit.runtime.files import (
     as_path,
     check_fit,
     hash_file,
+    read_json,
     read_state_dict,
     told,
     write_atomically,
@@ -43,11 +43,11 @@ def save_reduced(reduced: ReducedViT, folder: str | Path, *, include_model: bool
     Raises:
         EvoViTError: the folder cannot be written.
     """
-    if not isinstance(reduced, ReducedViT):
-        raise EvoViTError(f"{shown(reduced)} is no reduced model; give what reduce_tokens returns.")
-    folder, config = as_path(folder), reduced.method.current_config()
+    folder = as_path(folder, "folder")
+    check_kind("reduced", reduced, ReducedViT, "what reduce_tokens returns")
+    config = reduced.method.current_config()
     if folder.exists() and not folder.is_dir():
-        raise EvoViTError(f"{str(folder)!r} is a file; give a folder to save into.")
+        raise EvoViTError(f"{shown(folder)} is a file; give a folder to save into.")
     states = {METHOD: reduced.method.state_dict()}
     if include_model:
         states[MODEL] = reduced.model.state_dict()
@@ -77,15 +77,15 @@ def load_reduced(folder: str | Path, model: nn.Module) -> ReducedViT:
     Raises:
         EvoViTError: a folder that is damaged or does not fit; the host is then as it was.
     """
-    folder = as_path(folder)
-    expect_module(model, "model")
+    folder = as_path(folder, "folder")
+    check_kind("model", model, nn.Module, "the host: a model as the saved one was")
     content = _read_manifest(folder / MANIFEST)
     own = _read_state(folder, METHOD, content)
     saved = _read_state(folder, MODEL, content) if content["includes_model"] else None
     if saved is not None:
-        check_fit(model, saved, f"The saved host in {str(folder)!r}", f"this {type(model).__name__}")
+        check_fit(model, saved, f"The saved host in {shown(folder)}", f"this {type(model).__name__}")
     reduced = reduce_tokens(model, build_config(find_method(content["method"]), content["options"]))
-    check_fit(reduced.method, own, f"The saved method in {str(folder)!r}", content["method"])
+    check_fit(reduced.method, own, f"The saved method in {shown(folder)}", content["method"])
     reduced.method.load_state_dict(own)
     if saved is not None:
         model.load_state_dict(saved)
@@ -106,17 +106,15 @@ def _complete(folder: Path) -> None:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise EvoViTError(f"There is no {str(path)!r}; give a folder written by save_reduced.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        kinds = {"method": str, "options": dict, "includes_model": bool}
-        wrong = [key for key, kind in kinds.items() if not isinstance(content[key], kind)]
-        if wrong or not isinstance(content.setdefault("files", {}), Mapping):
-            raise ValueError(f"{', '.join(wrong) or 'files'} is not what save_reduced writes")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        told = f"it lacks {error}" if isinstance(error, KeyError) else in_one_line(error)
-        raise EvoViTError(f"{str(path)!r} is damaged or not written by evovit: {told}.") from error
-    return content  # type: ignore[no-any-return]
+        raise EvoViTError(f"There is no {shown(path)}; give a folder written by save_reduced.")
+    content = {"files": {}} | read_json(path, "evovit")
+    kinds = {"method": str, "options": dict, "includes_model": bool, "files": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
+    if wrong:
+        raise EvoViTError(
+            f"{shown(path)} is damaged or not written by evovit: {wrong[0]} is missing or wrong."
+        )
+    return content
 
 
 def _read_state(folder: Path, name: str, content: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -125,5 +123,5 @@ def _read_state(folder: Path, name: str, content: Mapping[str, Any]) -> dict[str
     places = [folder / f"{NEW}{name}", folder / name]
     found = [path for path in places if path.is_file() and told and hash_file(path) == told]
     if told and not found:
-        raise EvoViTError(f"{str(folder / name)!r} is missing, cut off or changed; save the model again.")
+        raise EvoViTError(f"{shown(folder / name)} is missing, cut off or changed; save the model again.")
     return read_state_dict(found[0] if found else folder / name)

@@ -63,10 +63,9 @@ def bench(
     from evovit.bench.row import append_rows
     from evovit.bench.setting import ALL, parse_settings, parse_variants, usable
     from evovit.bench.timing import Extras, largest_batch, measure
-    from evovit.errors import EvoViTError
+    from evovit.errors import EvoViTError, printable
     from evovit.options import read_named
     from evovit.report.bench import print_parts, print_rows, write_report
-    from evovit.report.tables import printable
     from evovit.runtime.environment import environment
 
     start, console = time.perf_counter(), Console() if sys.stdout.isatty() else Console(width=150)

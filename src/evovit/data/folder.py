@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 from PIL import Image
 from timm.utils import natural_key
 
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, printable
 
 FOREIGN = (".eps", ".ps", ".wmf", ".emf")  # formats that Pillow gives to another program to draw
 
@@ -68,11 +68,6 @@ class FolderReader:
         """Return the path of an image."""
         path = self.samples[row][0]
         return str(path.absolute() if absolute else path.relative_to(self.folder))
-
-
-def printable(name: object) -> str:
-    """Return a file's name as text that can be written anywhere, also one that is not UTF-8."""
-    return str(name).encode("utf-8", "backslashreplace").decode()
 
 
 @cache

@@ -113,5 +113,6 @@ class DigitImages(Images):
             self._test = digit_scenes(
                 "test", data.test_scenes, size=self.side, num_fragments=data.fragments, seed=TEST_SEED
             )
-        for rows in torch.split(torch.arange(data.test_scenes)[world.rank :: world.size], TEST_BATCH):
+        own = torch.arange(data.test_scenes)[world.rank :: world.size]
+        for rows in torch.split(own, TEST_BATCH) if len(own) else ():
             yield self._test.images[rows], self._test.labels[rows]

@@ -18,10 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from evovit.data.dense_labels import DenseLabels
-from evovit.data.folder import printable
 from evovit.data.images import TEST_BATCH, Batch, Chosen, DigitImages, Images
 from evovit.data.readers import names_of_classes, open_reader
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, printable
 from evovit.recipe.tables import Recipe
 from evovit.runtime.seeds import seeded
 from evovit.runtime.world import World

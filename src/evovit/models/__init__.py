@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from evovit.errors import EvoViTError, in_one_line, nearest, shown
+from evovit.errors import EvoViTError, nearest, shown
+from evovit.models.named import refusal
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
 for _info in iter_modules(__path__):
@@ -31,12 +32,11 @@ def create_model(name: str, **kwargs: Any) -> Any:
     """
     if not isinstance(name, str) or name not in _MODELS:
         raise EvoViTError(
-            f"There is no model {shown(name)}; the models are {', '.join(list_models())}."
-            f"{nearest(name, list_models())}"
+            f"There is no model {shown(name)}; evovit.list_models() lists them.{nearest(name, list_models())}"
         )
     try:
         return _MODELS[name](**kwargs)
     except EvoViTError:
         raise
-    except Exception as error:  # a constructor given odd arguments raises what it likes
-        raise EvoViTError(f"{name} cannot be made with {shown(kwargs)} ({in_one_line(error)}).") from error
+    except Exception as error:  # a constructor given a stranger's arguments raises what it likes
+        raise refusal(f"evovit cannot make {name}", kwargs, error) from error

@@ -2,18 +2,72 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from evovit.errors import EvoViTError, check_count
+from evovit.errors import EvoViTError, in_one_line, shown
 from evovit.methods.base import Method
+from evovit.options import Count, Number, Options, Positive, Share, Weight
 
 __all__: list[str] = []  # no entry points
 
-MOST = 1_000_000  # classes, pixels, channels
 REGISTRY_ONLY = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_model_args")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostArguments(Options):
+    """What hosts are created with, where it is of a known kind: constructors take nearly anything."""
+
+    img_size: Count | tuple[Count, Count] | None = None
+    patch_size: Count | tuple[Count, Count] | None = None
+    in_chans: Count | None = None
+    num_classes: Number | None = None
+    embed_dim: Count | tuple[Count, ...] | None = None
+    depth: Count | tuple[Count, ...] | None = None
+    num_heads: Count | tuple[Count, ...] | None = None
+    key_dim: Count | tuple[Count, ...] | None = None
+    mlp_ratio: Positive | tuple[Positive, ...] | None = None
+    reg_tokens: Number | None = None
+    drop_rate: Share | None = None
+    drop_path_rate: Share | None = None
+    proj_drop_rate: Share | None = None
+    attn_drop_rate: Share | None = None
+    patch_drop_rate: Share | None = None
+    pos_drop_rate: Share | None = None
+    qkv_bias: bool | None = None
+    qk_norm: bool | None = None
+    fc_norm: bool | None = None
+    pre_norm: bool | None = None
+    class_token: bool | None = None
+    no_embed_class: bool | None = None
+    dynamic_img_size: bool | None = None
+    dynamic_img_pad: bool | None = None
+    distilled: bool | None = None
+    class_heads: bool | None = None
+    aux_in_training: bool | None = None
+    stem_width: Count | None = None
+    skip_lam: Positive | None = None
+    aux_weight: Weight | None = None
+    seed: Number | None = None
+
+
+def check_arguments(given: Mapping[str, Any]) -> None:
+    """Raise `EvoViTError` where an argument of a host is of another type or out of its range."""
+    known = {f.name for f in fields(HostArguments)}
+    HostArguments(**{key: value for key, value in given.items() if key in known})
+
+
+def refusal(what: str, arguments: Mapping[str, Any], error: Exception) -> EvoViTError:
+    """Return the sentence for a constructor that fails with a stranger's arguments.
+
+    Args:
+        what: the beginning, such as "timm cannot make deit_tiny_patch16_224".
+    """
+    why = f"{type(error).__name__}: {in_one_line(error)}"
+    return EvoViTError(f"{what} with {shown(dict(arguments))} ({why}).")
 
 
 def own_options(pretrained: bool, kwargs: dict[str, Any], what: str, call: str) -> dict[str, Any]:
@@ -22,16 +76,12 @@ def own_options(pretrained: bool, kwargs: dict[str, Any], what: str, call: str) 
     Args:
         what: the weights, and `call` how to load the authors', for the sentence if `pretrained` is asked for.
     """
-    for key in ("num_classes", "img_size", "in_chans"):
-        sizes = kwargs.get(key, 1)
-        low = 0 if key == "num_classes" else 1
-        for size in sizes if isinstance(sizes, tuple | list) else (sizes,):
-            check_count(key, size, low, MOST)
     if pretrained:
         raise EvoViTError(
             f"No {what} are hosted; download the authors' checkpoint and use evovit.{call}, or create the "
             "model with pretrained=False."
         )
+    check_arguments(kwargs)
     return {key: value for key, value in kwargs.items() if key not in REGISTRY_ONLY}
 
 

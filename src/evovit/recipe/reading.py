@@ -10,10 +10,11 @@ from datetime import date, time
 from pathlib import Path
 from typing import Any
 
-from evovit.errors import EvoViTError, in_one_line, nearest, shown
+from evovit.errors import EvoViTError, check_kind, in_one_line, nearest, shown
 from evovit.methods import DENSE, find_method, list_methods
-from evovit.options import Described, build, describe, read_assignment
+from evovit.options import Described, build, describe, is_text, read_assignment
 from evovit.recipe.tables import TABLES, Recipe
+from evovit.runtime.files import as_path
 
 DEEPEST = 12  # tables in tables
 LIBRARY = Path(__file__).parent / "library"  # recipes that come with the package
@@ -41,13 +42,16 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         path: a TOML file.
         overrides: each `table.key=value`, the value as in TOML; what is no TOML value is taken as text.
     """
+    path = as_path(path, "The recipe")
+    if path.exists() and not path.is_file():  # a folder, or a pipe, which would wait for ever
+        raise EvoViTError(f"The recipe {shown(path)} cannot be read: it is no file.")
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise EvoViTError(f"The recipe {str(path)!r} cannot be read: {error.strerror}.") from error
+        raise EvoViTError(f"The recipe {shown(path)} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:  # also bad UTF-8, numbers of thousands of digits
         told = "it is nested too deep" if isinstance(error, RecursionError) else in_one_line(error)
-        raise EvoViTError(f"The recipe {str(path)!r} is not valid TOML: {told}.") from error
+        raise EvoViTError(f"The recipe {shown(path)} is not valid TOML: {told}.") from error
     return parse_recipe(overridden(tables, overrides))
 
 
@@ -57,7 +61,7 @@ def parse_recipe(tables: dict[str, Any]) -> Recipe:
     Raises:
         EvoViTError: a wrong key, type or value.
     """
-    for name in tables:
+    for name in check_kind("The recipe", tables, dict, "tables by name, such as {'run': {'epochs': 10}}"):
         if name not in TABLES:
             there = f"there are {', '.join(TABLES)}"
             raise EvoViTError(f"A recipe has no table [{name}]; {there}.{nearest(name, TABLES)}")
@@ -151,9 +155,12 @@ def as_toml(value: Any, what: str, depth: int = 0) -> Any:
     """Return a value as a TOML file holds it, so that a recipe equals the one that is read back."""
     if depth > DEEPEST:
         raise EvoViTError(f"{what} is nested more than {DEEPEST} deep; make it flatter.")
-    value = value.tolist() if hasattr(value, "tolist") else value  # of NumPy or PyTorch
+    if hasattr(value, "tolist") and not getattr(value, "is_meta", False):  # of NumPy or PyTorch
+        value = value.tolist()
+    if isinstance(value, str) and not is_text(value):
+        raise EvoViTError(f"{what} holds {shown(value)}, which no file can hold as text; change it.")
     if isinstance(value, dict):
-        return {str(key): as_toml(item, what, depth + 1) for key, item in value.items()}
+        return {as_toml(str(key), what): as_toml(item, what, depth + 1) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [as_toml(item, what, depth + 1) for item in value]
     if value is not None and not isinstance(value, bool | int | float | str | date | time):
@@ -218,22 +225,30 @@ def list_recipes() -> dict[str, str]:
     return {name: (LIBRARY / f"{name}.toml").read_text().splitlines()[0].strip("# ") for name in names}
 
 
-def find_recipe(name: str) -> Path:
-    """Return the file of a recipe: a path, or the name of one that comes with evovit."""
-    for path in (Path(name), LIBRARY / f"{name}.toml"):
-        if path.is_file():
-            return path
+def find_recipe(name: str, own_only: bool = False) -> Path:
+    """Return the file of a recipe: a path, or the name of one that comes with evovit.
+
+    Args:
+        own_only: take no path.
+    """
+    if not own_only and as_path(name, "The recipe").is_file():
+        return Path(name)
     known = list_recipes()
-    raise EvoViTError(
-        f"There is no recipe {name!r}: neither such a file nor one that comes with evovit (evovit recipes "
-        f"lists them).{nearest(name, known)}"
-    )
+    if name in known:
+        return LIBRARY / f"{name}.toml"
+    what = "with this name comes with evovit" if own_only else "is there, neither as a file nor with evovit"
+    raise EvoViTError(f"No recipe {shown(name)} {what}; evovit recipes lists them.{nearest(name, known)}")
 
 
 def find_recipes(names: Sequence[str]) -> list[Path]:
     """Return the files of recipes; a folder, also of those that come with evovit, stands for all in it."""
+    own = {known.rpartition("/")[0] for known in list_recipes()} - {""}
     found: list[Path] = []
     for name in names:
-        folder = next((path for path in (Path(name), LIBRARY / name) if path.is_dir()), None)
-        found += [find_recipe(name)] if folder is None else sorted(folder.glob("*.toml"))
+        place = as_path(name, "The recipe")
+        folder = place if place.is_dir() else LIBRARY / name if name.rstrip("/") in own else None
+        inside = [find_recipe(name)] if folder is None else sorted(folder.glob("*.toml"))
+        if not inside:
+            raise EvoViTError(f"The folder {shown(place)} holds no recipe (*.toml); give another.")
+        found += inside
     return found

@@ -12,10 +12,11 @@ from rich.console import Console
 from evovit.bench.profile import PARTS
 from evovit.bench.row import Record, Row, name_of
 from evovit.bench.setting import Setting
+from evovit.errors import printable
 from evovit.methods import DENSE
 from evovit.report.bench_plots import plot_batches, plot_group
 from evovit.report.page import Heading, Note, Paragraph, Part, Quiet, page
-from evovit.report.tables import Table, as_printed, cell, printable, speedup_text, table
+from evovit.report.tables import Table, as_printed, cell, speedup_text, table
 from evovit.runtime.files import write_text
 
 GROUP = ("model", "image_size", "device_name", "dtype", "types", "batch", "task", "threads", "torch")

@@ -18,6 +18,7 @@ from rich.table import Table as Printed
 from rich.text import Text
 
 from evovit.bench.row import Ratio
+from evovit.errors import printable
 from evovit.options import Options, describe
 
 _NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?%?( ± [\d.]+%?)?")
@@ -80,11 +81,6 @@ def as_printed(table: Table, title: str = "") -> Printed:
     for row, bold in zip(table.rows, table.bold, strict=True):
         printed.add_row(*(Text(printable(cell)) for cell in row), style="bold" if bold else None)
     return printed
-
-
-def printable(text: str) -> str:
-    """Return text on one line without control characters: no terminal obeys it."""
-    return "".join(letter if letter.isprintable() else " " * letter.isspace() for letter in text)
 
 
 def _markdown(cell: str) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import secrets
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape
@@ -19,10 +21,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from evovit.errors import EvoViTError, in_one_line, shown
+from evovit.errors import PLAIN_ONLY, EvoViTError, in_one_line, shown
 
 TEMPORARY = ".tmp"  # ends the name of a file that is being written
 WRAPPERS = ("model", "state_dict", "model_state_dict")
+
+
+def as_path(value: Any, what: str) -> Path:
+    """Return the path that a value names, there or not; raise `EvoViTError` where none can have that name.
+
+    Args:
+        what: what the value is, for the sentence.
+    """
+    try:
+        path = Path(value)
+        if value == "":
+            raise ValueError("it is empty")
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (TypeError, ValueError, OSError) as error:
+        why = error.strerror if isinstance(error, OSError) else in_one_line(error)
+        raise EvoViTError(f"{what} is {shown(value)}, which is no path ({why}); give another.") from error
+    return path
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -84,34 +105,73 @@ def write_bytes(path: Path, content: bytes) -> None:
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
+def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    """Write files into a folder, each whole or not at all; raises `EvoViTError` where the disk refuses.
+
+    Args:
+        files: content by name.
+    """
+    make_folder(folder)
+    for name, content in files.items():
+        try:
+            write_bytes(folder / name, content if isinstance(content, bytes) else content.encode("utf-8"))
+        except OSError as error:
+            raise EvoViTError(
+                f"{shown(folder / name)} cannot be written ({error.strerror}); make room, or give another "
+                "folder."
+            ) from error
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Return the table in a JSON file; raises `EvoViTError` for anything else.
+
+    Args:
+        what: who writes such files, for the sentence.
+    """
+    try:
+        if not path.is_file():  # a pipe would wait for ever
+            raise ValueError("it is no file")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no table")
+    except (OSError, ValueError, RecursionError) as error:
+        why = "it is nested too deep" if isinstance(error, RecursionError) else in_one_line(error)
+        raise EvoViTError(f"{shown(path)} is damaged or not written by {what}: {why}.") from error
+    return content
+
+
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict from .safetensors, or from .pth / .pt / .bin with `weights_only=True`.
 
     What wraps it is opened, as `plain_state_dict` does.
     """
-    path = Path(path)
+    path = as_path(path, "The checkpoint")
     if not path.is_file():
         raise EvoViTError(
-            f"There is no checkpoint file {str(path)!r}; give the path of a .safetensors or .pth file."
+            f"There is no checkpoint file {shown(path)}; give the path of a .safetensors or .pth file."
         )
     try:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
         else:
-            with torch.serialization.safe_globals(
-                [argparse.Namespace]
-            ):  # official files keep their arguments
-                content = torch.load(path, map_location="cpu", weights_only=True)
+            content = load_plain(path)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise EvoViTError(
-            f"{str(path)!r} cannot be read as a checkpoint (cut off or damaged?): {in_one_line(error)}."
+            f"{shown(path)} cannot be read as a checkpoint (cut off or damaged?): {in_one_line(error)}."
         ) from error
     except Exception as error:  # pickle.UnpicklingError and what broken pickles raise
         raise EvoViTError(
-            f"{str(path)!r} holds more than plain tensors, and nothing else is loaded, for safety; take a "
-            ".safetensors file, or one that holds a state dict alone."
+            f"{shown(path)} cannot be read for safety: {PLAIN_ONLY}; take a .safetensors file, or one that "
+            "holds a state dict alone."
         ) from error
-    return plain_state_dict(content, repr(str(path)))
+    return plain_state_dict(content, shown(path))
+
+
+def load_plain(path: Path) -> Any:
+    """Return what PyTorch's loader of plain tensors reads from a file; nothing is unpickled."""
+    with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+        warnings.simplefilter("ignore")  # about pickles of another kind, which are refused
+        return torch.load(path, map_location="cpu", weights_only=True)  # official files keep their arguments
 
 
 def plain_state_dict(content: Any, what: str) -> dict[str, Tensor]:
@@ -126,31 +186,45 @@ def plain_state_dict(content: Any, what: str) -> dict[str, Tensor]:
             break
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise EvoViTError(f"{what} holds no state dict (tensors by name, or such under 'model').")
+    for key, value in content.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            kind = "quantised" if value.is_quantized else f"{value.layout} on {value.device}"
+            raise EvoViTError(f"{shown(key)} in {what} is {kind}; give plain tensors with their values.")
     return {str(key).removeprefix("module."): value for key, value in content.items()}
 
 
-def as_path(path: object) -> Path:
-    """Return a path given as text or as a `Path`; raises `EvoViTError` for anything else."""
-    if not isinstance(path, str | Path) or not str(path) or "\x00" in str(path):
-        raise EvoViTError(f"{shown(path)} is no path; give the path of a file or folder.")
-    return Path(path)
-
-
 def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the SHA-256 of a file; raises `EvoViTError` where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise EvoViTError(f"{shown(path)} cannot be read: {error.strerror}.") from error
 
 
 def check_fit(module: nn.Module, state: Mapping[str, Tensor], what: str, where: str = "the network") -> None:
-    """Raise `EvoViTError`, saying why, unless a state dict has the names and shapes of a module."""
+    """Raise `EvoViTError`, saying why, unless a state dict has the names, shapes and kinds of a module.
+
+    Counters of batch norms, which inference does not read and old files lack, may be missing.
+    """
     own = module.state_dict()
-    lacking, surplus = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    other = [key for key, value in state.items() if key in own and own[key].shape != value.shape]
+    if not all(isinstance(value, Tensor) and not value.is_meta for value in own.values()):
+        why = "is on the meta device or quantised; create it on the CPU"
+        raise EvoViTError(f"{what} does not fit {where}, which {why}.")
+    lacking = sorted(key for key in own if key not in state and not key.endswith("num_batches_tracked"))
+    surplus = sorted(set(state) - set(own))
+    both = [(key, state[key], own[key]) for key in state if key in own]
     wrong = [f"missing {', '.join(lacking[:3])}"] if lacking else []
     wrong += [f"unknown {', '.join(surplus[:3])}"] if surplus else []
-    if other:
-        wrong.append(f"{other[0]} is {tuple(state[other[0]].shape)}, needed {tuple(own[other[0]].shape)}")
+    shapes = [
+        f"{key} is {tuple(a.shape)}, needed {tuple(b.shape)}" for key, a, b in both if a.shape != b.shape
+    ]
+    kinds = [
+        f"{key} holds {a.dtype}, needed {b.dtype}"
+        for key, a, b in both
+        if a.is_floating_point() != b.is_floating_point() or a.is_complex()
+    ]
+    wrong += shapes[:1] + kinds[:1]
     if wrong:
         raise EvoViTError(f"{what} does not fit {where}: {'; '.join(wrong)}.")
 
@@ -207,11 +281,12 @@ def told(folder: Path) -> Iterator[None]:
 
 def make_folder(path: Path) -> None:
     """Make a folder that this user may write into, or raise `EvoViTError`."""
+    path = as_path(path, "The folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EvoViTError(
-            f"No folder can be made at {str(path)!r} ({error.strerror}); give a folder."
+            f"No folder can be made at {shown(path)} ({error.strerror}); give a folder."
         ) from error
     if not os.access(path, os.W_OK):
-        raise EvoViTError(f"This user may not write into {str(path)!r}; give another folder.")
+        raise EvoViTError(f"This user may not write into {shown(path)}; give another folder.")

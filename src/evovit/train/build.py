@@ -40,10 +40,10 @@ def build_model(recipe: Recipe, num_classes: int, *, weights: bool = True) -> nn
         drop_path = {"drop_path_rate": table.drop_path} if table.drop_path else {}
         host = create_host(
             table.name,
+            {"num_classes": num_classes} | table.options | drop_path,
             pretrained=weights and table.pretrained,
             what="model.name",
             seed=recipe.run.seed,
-            **({"num_classes": num_classes} | table.options | drop_path),
         )
         if weights and recipe.model.weights:
             fit(host, read_state_dict(recipe.model.weights), f"model.weights, {recipe.model.weights!r},")
@@ -122,7 +122,7 @@ def build_objective(recipe: Recipe, model: nn.Module, num_classes: int, *, weigh
     else:
         download = weights and not goal.teacher_weights
         teacher = create_host(
-            goal.teacher, pretrained=download, what="objective.teacher", num_classes=num_classes
+            goal.teacher, {"num_classes": num_classes}, pretrained=download, what="objective.teacher"
         )
         if weights and goal.teacher_weights:
             fit(

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, printable
 from evovit.runtime.files import told, write_text
 
 STEPS, EPOCHS = "steps.jsonl", "epochs.jsonl"
@@ -30,12 +30,16 @@ class Records:
 
     def __init__(self, folder: Path, total: int, log_to: str, console: Console) -> None:
         self.folder, self.console = folder, console
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"))
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.fields[state]}"),
+        )
         live = console.is_terminal
         self.bar = Progress(
             *columns, TimeRemainingColumn(), console=console, transient=True, disable=not live
         )
-        self.task = self.bar.add_task(folder.name, total=total, state="")
+        self.task = self.bar.add_task(printable(folder.name), total=total, state="")
         with told(folder):
             self.send = open_logger(log_to, folder)
 
@@ -65,7 +69,7 @@ class Records:
 
     def log(self, text: str) -> None:
         """Print a line above the bar."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, text)
 
     def close(self) -> None:
         """Take the bar away."""
@@ -76,6 +80,11 @@ class Records:
             with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({key: _as_json(value) for key, value in record.items()}) + "\n")
             self.send(record)
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line whose names strangers chose: no terminal obeys it, no markup is read from it."""
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def read_lines(path: Path) -> list[Record]:

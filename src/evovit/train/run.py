@@ -12,16 +12,17 @@ from torch import nn
 
 from evovit.checkpoints.reduced import save_reduced
 from evovit.data.images import Images
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, check_kind, shown
 from evovit.macs import gmacs
 from evovit.model import ReducedViT, backbone_of
 from evovit.recipe.reading import differences, read_recipe, written
 from evovit.recipe.tables import Recipe
 from evovit.runtime.environment import environment, source
-from evovit.runtime.files import as_path, hold_folder, told, write_atomically, write_text
+from evovit.runtime.files import as_path, hold_folder, make_folder, told, write_atomically, write_text
 from evovit.runtime.world import World, join_world
 from evovit.train import state
 from evovit.train.build import open_run
+from evovit.train.records import say
 from evovit.train.trainer import Trainer, accumulation, stop_signal
 
 
@@ -44,11 +45,14 @@ def train_in_folder(
     recipe: Recipe | str | Path, folder: str | Path, console: Console | None = None
 ) -> tuple[nn.Module, bool]:
     """Do what `train_recipe` does; also return whether the training is finished."""
-    read = recipe if isinstance(recipe, Recipe) else read_recipe(as_path(recipe))
+    read = recipe if isinstance(recipe, Recipe) else read_recipe(as_path(recipe, "recipe"))
+    place = as_path(folder, "folder")
+    if console is not None:
+        check_kind("console", console, Console, "one of rich, or none")
     with join_world(read.run.device) as world:
         accumulation(read, world)
         images, model = open_run(read)  # the trainer goes before the world does
-        return model, train_model(read, Path(folder), world, console or Console(), images, model)
+        return model, train_model(read, place, world, console or Console(), images, model)
 
 
 def train_model(
@@ -76,7 +80,7 @@ def train_model(
         if world.is_main:
             if finished:
                 save_weights(model, folder / "model")
-            console.print(f"{folder}: {said}", soft_wrap=True)
+            say(console, f"{folder}: {said}")
     return finished
 
 
@@ -90,12 +94,13 @@ def settle(model: nn.Module) -> None:
 
 def prepare_folder(recipe: Recipe, folder: Path, world: World, images: Images, model: nn.Module) -> None:
     """Make the folder of a run, or check that this recipe may go on in it."""
+    make_folder(folder)
     path, text = folder / "recipe.toml", written(recipe)
-    if path.is_file():
+    if path.exists():
         changed = differences(read_recipe(path), recipe)
         if changed:
             raise EvoViTError(
-                f"{str(folder)!r} holds a run of another recipe ({'; '.join(changed[:5])}); give another "
+                f"{shown(folder)} holds a run of another recipe ({'; '.join(changed[:5])}); give another "
                 "--out, or move it away."
             )
         with told(folder):

@@ -73,7 +73,7 @@ def named_model(
         heads = cfg.get("classifier") or ()
         head = state.get(f"{heads if isinstance(heads, str) else next(iter(heads), '')}.weight")
         if head is not None and head.shape[0] != getattr(model, "num_classes", head.shape[0]):
-            model = create_host(name, num_classes=head.shape[0])
+            model = create_host(name, {"num_classes": head.shape[0]})
         fit(model, state, f"{weights!r}")
     tables = {
         "model": {"name": name},
