@@ -7,14 +7,17 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from traceback import clear_frames
 
 import torch
 from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 
 from evovit.errors import EvoViTError, in_one_line, shown
 
 MOST = 10**6  # processes of one training
+JOINING = timedelta(minutes=5)  # by which processes begin one after another; a dead one is waited for as long
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ def _meet(backend: str, size: int) -> None:
             f"WORLD_SIZE is {size}, but MASTER_ADDR is missing; start the processes with torchrun."
         )
     try:
-        distributed.init_process_group(backend)
+        store, rank, _ = next(rendezvous("env://", timeout=JOINING))
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         raise EvoViTError(
             f"The {size} processes cannot meet at {os.environ['MASTER_ADDR']}:{port} ({_reason(error)}); "
