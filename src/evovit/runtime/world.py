@@ -76,7 +76,7 @@ def join_world(device: str) -> Iterator[World]:
         yield World(rank, size, place)
     except BaseException as error:
         clear_frames(error.__traceback__)  # what holds the group, as DDP does, goes before the group
-        if isinstance(error, distributed.DistError) or "/gloo/" in str(error):
+        if _is_of_communication(error):
             raise EvoViTError(
                 f"Another of the {size} processes has ended or cannot be reached ({_reason(error)}); see "
                 "what it said, and give the same command again."
@@ -113,6 +113,13 @@ def _place(name: str, low: int, high: int, default: str | None = None) -> int:
             f"{name} is {shown(text)}; allowed is an integer from {low} to {high}: torchrun sets it."
         )
     return int(text)
+
+
+def _is_of_communication(error: BaseException) -> bool:
+    of_gloo = isinstance(error, RuntimeError) and "/gloo/" in str(
+        error
+    )  # its errors have no kind of their own
+    return of_gloo or isinstance(error, distributed.DistError)
 
 
 def _reason(error: BaseException) -> str:
