@@ -83,7 +83,7 @@ def begin(recipe: Recipe, folder: Path, size: int, act: faults.Act | None = None
 
 def kill_once(recipe: Recipe, folder: Path, size: int, rng: random.Random) -> bool:
     """Start a training and kill one of its processes; return False if it ended before."""
-    at_operation, from_start = rng.random() < 0.5, rng.random() < 0.3
+    at_operation, from_start = rng.random() < 0.5, size == 1 and rng.random() < 0.3
     act = partial(faults.kill_at, rng.randrange(FEW_OPERATIONS)) if at_operation else None
     children = begin(recipe, folder, size, act)
     victim = children[rng.randrange(size)]

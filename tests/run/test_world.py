@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from evovit.errors import EvoViTError
 from evovit.recipe.tables import Recipe
+from evovit.runtime import world
 from evovit.runtime.files import hold_folder
 from evovit.runtime.world import is_alone, join_world
 from evovit.train import trainer
@@ -126,6 +128,16 @@ def test_a_port_that_is_taken_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -
             join_world("cpu"),
         ):
             pass
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_processes_that_wait_for_one_that_never_comes_end(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "JOINING", timedelta(seconds=2))
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port()), "WORLD_SIZE": "2", "RANK": rank}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(EvoViTError, match="The 2 processes cannot meet"), join_world("cpu"):
+        pass
 
 
 def test_an_error_of_ones_own_stays_what_it_is() -> None:

@@ -7,14 +7,17 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from traceback import clear_frames
 
 import torch
 from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 
 from evovit.errors import EvoViTError, in_one_line, shown
 
 MOST = 10**6  # processes of one training
+JOINING = timedelta(minutes=5)  # by which processes begin one after another; a dead one is waited for as long
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def join_world(device: str) -> Iterator[World]:
         yield World(rank, size, place)
     except BaseException as error:
         clear_frames(error.__traceback__)  # what holds the group, as DDP does, goes before the group
-        if isinstance(error, distributed.DistError) or "/gloo/" in str(error):
+        if _is_of_communication(error):
             raise EvoViTError(
                 f"Another of the {size} processes has ended or cannot be reached ({_reason(error)}); see "
                 "what it said, and give the same command again."
@@ -91,7 +94,8 @@ def _meet(backend: str, size: int) -> None:
             f"WORLD_SIZE is {size}, but MASTER_ADDR is missing; start the processes with torchrun."
         )
     try:
-        distributed.init_process_group(backend)
+        store, rank, _ = next(rendezvous("env://", timeout=JOINING))
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         raise EvoViTError(
             f"The {size} processes cannot meet at {os.environ['MASTER_ADDR']}:{port} ({_reason(error)}); "
@@ -109,6 +113,13 @@ def _place(name: str, low: int, high: int, default: str | None = None) -> int:
             f"{name} is {shown(text)}; allowed is an integer from {low} to {high}: torchrun sets it."
         )
     return int(text)
+
+
+def _is_of_communication(error: BaseException) -> bool:
+    of_gloo = isinstance(error, RuntimeError) and "/gloo/" in str(
+        error
+    )  # its errors have no kind of their own
+    return of_gloo or isinstance(error, distributed.DistError)
 
 
 def _reason(error: BaseException) -> str:
