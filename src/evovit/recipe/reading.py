@@ -240,14 +240,14 @@ def find_recipe(name: str, own_only: bool = False) -> Path:
     raise EvoViTError(f"No recipe {shown(name)} {what}; evovit recipes lists them.{nearest(name, known)}")
 
 
-def find_recipes(names: Sequence[str]) -> list[Path]:
+def find_recipes(names: Sequence[str | Path]) -> list[Path]:
     """Return the files of recipes; a folder, also of those that come with evovit, stands for all in it."""
     own = {known.rpartition("/")[0] for known in list_recipes()} - {""}
     found: list[Path] = []
     for name in names:
         place = as_path(name, "The recipe")
-        folder = place if place.is_dir() else LIBRARY / name if name.rstrip("/") in own else None
-        inside = [find_recipe(name)] if folder is None else sorted(folder.glob("*.toml"))
+        folder = place if place.is_dir() else LIBRARY / name if str(name).rstrip("/") in own else None
+        inside = [find_recipe(str(name))] if folder is None else sorted(folder.glob("*.toml"))
         if not inside:
             raise EvoViTError(f"The folder {shown(place)} holds no recipe (*.toml); give another.")
         found += inside
