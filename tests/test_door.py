@@ -92,3 +92,24 @@ def test_a_reader_who_leaves_early_is_no_traceback() -> None:
     assert pipe.stderr.read() == b""
     pipe.stderr.close()
     assert pipe.wait() in (0, 141)
+
+
+def test_an_interrupt_that_an_import_turned_into_another_error_is_told_as_one() -> None:
+    program = """
+import os, signal, sys
+from evovit import cli
+from evovit.commands import train
+
+def interrupted(recipe: str = "") -> None:
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        sys.excepthook(*sys.exc_info())  # as extension modules do
+        raise TypeError("expected a message argument") from None
+
+train.train = interrupted
+cli.main(["train"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr == "evovit: interrupted; the same command again goes on where it stopped\n"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 COMMANDS = {
@@ -50,11 +53,51 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         print(f"evovit {version('evovit')}")
         return
-    from evovit.errors import EvoViTError, nearest
-
     if name not in COMMANDS:
+        from evovit.errors import nearest
+
         there = f"the commands are {', '.join(COMMANDS)}"
         sys.exit(_refuse(f"there is no command {name!r}; {there}.{nearest(name, COMMANDS)}"))
+    with _interrupts() as received:
+        try:
+            _call(name, rest)
+        except BaseException as error:
+            # With a signal, whatever it is: extension modules turn an interrupt of their import into others.
+            if not received and not isinstance(error, KeyboardInterrupt):
+                raise
+            more = "; the same command again goes on where it stopped" if name in GO_ON else ""
+            print(f"evovit: interrupted{more}", file=sys.stderr, flush=True)
+            if received:
+                os._exit(130)  # all is cleaned up, and Python may end as killed by the signal
+            sys.exit(130)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Collect SIGINT, beside the KeyboardInterrupt it raises; extension modules print none of it."""
+    received: list[int] = []
+    hooks = sys.excepthook, sys.unraisablehook
+
+    def interrupt(kind: int, frame: object) -> None:
+        received.append(kind)
+        sys.excepthook, sys.unraisablehook = (lambda *error: None), (lambda error: None)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)
+        sys.excepthook, sys.unraisablehook = hooks
+
+
+def _call(name: str, rest: Sequence[str]) -> None:
+    """Call a command with its arguments; wrong input and a full disk are one sentence."""
+    from evovit.errors import EvoViTError
+
     try:
         import tyro
 
@@ -63,10 +106,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
     except EvoViTError as error:
         sys.exit(_refuse(str(error)))
-    except KeyboardInterrupt:
-        more = "; the same command again goes on where it stopped" if name in GO_ON else ""
-        print(f"evovit: interrupted{more}", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         _close_output()
         sys.exit(141)
