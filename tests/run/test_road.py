@@ -163,6 +163,13 @@ def test_multiply_accumulates_stay_what_they_are() -> None:
         "stage": gmacs(reduced("stage"), IMAGE),
         "stage, fast": gmacs(reduced("stage", True), IMAGE),
         "layer": gmacs(reduced("layer"), IMAGE),
+        "dense, prefix": gmacs(reduce_tokens(host(), "dense"), IMAGE),
     }
-    recorded = {"dense": 4670016, "stage": 2888256, "stage, fast": 2942080, "layer": 2888256}
+    whole = reduced("stage")
+    whole.last_block = "all"
+    counts["stage, all"] = gmacs(whole, IMAGE)
+    recorded = {
+        **{"dense": 4670016, "dense, prefix": 3748416},
+        **{"stage": 2492992, "stage, fast": 2532352, "layer": 2492992, "stage, all": 2888256},
+    }
     assert {name: round(count * 1e9) for name, count in counts.items()} == recorded

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evovit.errors import EvoViTError, shown
-from evovit.ops.select import take_qkv
+from evovit.ops.select import prefix_queries, take_qkv
 from evovit.tokens import QKV, Tokens
 
 Mix = Callable[[QKV, Tensor | None], Tensor]  # q, k, v and all additive bias to mixed values, (B, H, Q, D)
@@ -60,9 +60,16 @@ class Block(ABC):
         """
         return take_qkv(scored, rows)
 
-    @final
+    def prefix_qkv(self, tokens: Tokens) -> QKV:
+        """Return queries (and `extra`) of the prefix, keys and values of all; default: rows of `qkv`."""
+        return prefix_queries(self.qkv(tokens), tokens.num_prefix)
+
     def attend(self, tokens: Tokens, bias: Tensor | None = None) -> tuple[Tokens, QKV]:
-        """Run qkv, then attention."""
+        """Run qkv, then attention.
+
+        In the last block both may hold less: where the head reads prefix tokens alone, `prefix.PrefixBlock`
+        leaves no patch tokens after attention, and the queries it returns are the prefix tokens' own.
+        """
         qkv = self.qkv(tokens)
         return self.attention(tokens, qkv, bias), qkv
 
@@ -77,6 +84,9 @@ class Stage(NamedTuple):
 
     enter: Callable[[Tokens], Tokens] | None
     blocks: Sequence[Block]
+
+
+Change = Callable[[Sequence[Stage]], Sequence[Stage]]
 
 
 @dataclass(frozen=True)
@@ -213,9 +223,11 @@ def mixed_values(qkv: QKV, bias: Tensor | None, mix: Mix | None, dropout: float)
     """Return the values mixed by attention, (B, H, Q, D): fused softmax attention, or what `mix` gives.
 
     Args:
-        bias: of the method; the host's own (`QKV.bias`) is added to it.
+        bias: of the method, of any floating type; the host's own (`QKV.bias`) is added to it.
         dropout: of the host's attention weights, at this moment.
     """
+    if bias is not None and bias.is_floating_point():
+        bias = bias.to(qkv.q.dtype)
     if qkv.bias is not None:
         bias = qkv.bias if bias is None else qkv.bias + bias
     if mix is None:
@@ -319,19 +331,25 @@ def raster_tokens(x: Tensor, num_prefix: int, grid: tuple[int, int]) -> Tokens:
 
 @torch.no_grad()
 def last_qkv(stages: Sequence[Stage], tokens: Tokens) -> QKV:
-    """Run embedded tokens through all blocks, nothing reduced, and return what the last attention saw."""
+    """Run embedded tokens to the last block, nothing reduced, and return what its attention would see."""
+    last = stages[-1].blocks[-1]
     for stage in stages:
         tokens = stage.enter(tokens) if stage.enter else tokens
         for block in stage.blocks:
-            tokens, qkv = block.attend(tokens)
-            tokens = block.ffn(tokens)
-    return qkv
+            if block.number < last.number:
+                tokens = block(tokens)
+    return last.qkv(tokens)
 
 
-def trace_dense(backbone: Backbone, images: Tensor) -> list[Tokens]:
-    """Return the tokens after each block of the host, through its views, nothing reduced."""
+def trace_dense(backbone: Backbone, images: Tensor, change: Change | None = None) -> list[Tokens]:
+    """Return the tokens after each block of the host, through its views, nothing reduced.
+
+    Args:
+        change: gives the views to run instead of the host's own.
+    """
     tokens, trace = backbone.embed(images), []
-    for stage in backbone.stages():
+    stages = backbone.stages()
+    for stage in stages if change is None else change(stages):
         tokens = stage.enter(tokens) if stage.enter else tokens
         for block in stage.blocks:
             tokens = block(tokens)
@@ -339,6 +357,6 @@ def trace_dense(backbone: Backbone, images: Tensor) -> list[Tokens]:
     return trace
 
 
-def run_dense(backbone: Backbone, images: Tensor) -> Tensor:
-    """Return the normed features (B, P + N, C) of the host through its views, nothing reduced."""
-    return backbone.norm(trace_dense(backbone, images)[-1].x)
+def run_dense(backbone: Backbone, images: Tensor, change: Change | None = None) -> Tensor:
+    """Return the normed features (B, P + N, C) of the host through its views; `change` as `trace_dense`."""
+    return backbone.norm(trace_dense(backbone, images, change)[-1].x)

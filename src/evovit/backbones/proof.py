@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from evovit.backbones.base import Backbone, evaluating, run_dense
+from evovit.backbones.prefix import with_prefix_block
 from evovit.errors import EvoViTError
 
 GAINS = (3.0, 1.0)  # deviation that a matrix gives of inputs with deviation 1; the first that works
@@ -31,11 +32,17 @@ class Both(nn.Module):
         self.model, self.adapt = model, adapt
 
     def forward(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return pairs of what the host and its views give: features, in evaluation also logits."""
+        """Return pairs of what the host and its views give: features, in evaluation also logits.
+
+        A head that is said to read prefix tokens alone is given nothing else, as `PrefixBlock` leaves them.
+        """
         backbone = self.adapt(self.model)
         pairs = [(_seeded(backbone.host_features, images), _seeded(self._features, images))]
         if not self.model.training:  # in training a head may give several predictions
-            pairs.append((self.model(images), backbone.head(pairs[0][1])))
+            logits = self.model(images)
+            pairs.append((logits, backbone.head(pairs[0][1])))
+            if not backbone.head_reads_patches:
+                pairs.append((logits, backbone.head(run_dense(backbone, images, with_prefix_block))))
         return pairs
 
     def _features(self, images: Tensor) -> Tensor:

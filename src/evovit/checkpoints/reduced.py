@@ -61,6 +61,7 @@ def save_reduced(reduced: ReducedViT, folder: str | Path, *, include_model: bool
             "host": f"{type(reduced.model).__module__}.{type(reduced.model).__qualname__}",
             "method": name_of(reduced.method),
             "options": {name: getattr(config, name) for name in config.__dataclass_fields__},
+            "last_block": reduced.last_block,
             "includes_model": include_model,
             "files": {name: hash_file(folder / f"{NEW}{name}") for name in states},
         }
@@ -84,7 +85,8 @@ def load_reduced(folder: str | Path, model: nn.Module) -> ReducedViT:
     saved = _read_state(folder, MODEL, content) if content["includes_model"] else None
     if saved is not None:
         check_fit(model, saved, f"The saved host in {shown(folder)}", f"this {type(model).__name__}")
-    reduced = reduce_tokens(model, build_config(find_method(content["method"]), content["options"]))
+    config = build_config(find_method(content["method"]), content["options"])
+    reduced = reduce_tokens(model, config, last_block=content["last_block"])
     check_fit(reduced.method, own, f"The saved method in {shown(folder)}", content["method"])
     reduced.method.load_state_dict(own)
     if saved is not None:
@@ -107,7 +109,7 @@ def _complete(folder: Path) -> None:
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise EvoViTError(f"There is no {shown(path)}; give a folder written by save_reduced.")
-    content = {"files": {}} | read_json(path, "evovit")
+    content = {"files": {}, "last_block": "prefix"} | read_json(path, "evovit")  # absent from older ones
     kinds = {"method": str, "options": dict, "includes_model": bool, "files": dict}
     wrong = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
     if wrong:
