@@ -35,18 +35,40 @@ class ReducedViT(nn.Module):
         self.model, self.method = model, method
         self.training = model.training  # each module of the host keeps its own mode
         method.train(model.training)
-        self.grad_checkpointing = bool(getattr(model, "grad_checkpointing", False))
+        asked = (getattr(part, "gradient_checkpointing", False) for part in model.modules())  # transformers
+        self.grad_checkpointing = bool(getattr(model, "grad_checkpointing", False)) or any(asked)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits (B, classes) for images (B, channels, height, width)."""
-        return self.run(images).logits
+    def forward(
+        self,
+        images: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """Return what the host returns for images (B, channels, height, width); of timm: logits (B, classes).
 
-    def run(self, images: Tensor, record: bool = False, prepare: Prepare | None = None) -> Outputs:
+        Args:
+            pixel_values: another name of images, that of transformers.
+            labels, arguments: of the host's own forward, if it has them.
+        """
+        if labels is not None:
+            arguments["labels"] = labels
+        given: Any = pixel_values if images is None else images
+        return adapt(self.model).answer(self, given, **arguments)
+
+    def run(
+        self,
+        images: Tensor,
+        record: bool = False,
+        prepare: Prepare | None = None,
+        backbone: Backbone | None = None,
+    ) -> Outputs:
         """Return logits and tokens; with `record` also the tokens after each block.
 
-        `prepare` changes the embedded tokens before the method sees them.
+        `prepare` changes the embedded tokens before the method sees them. `backbone` is the view of the host,
+        where it is at hand.
         """
-        backbone = adapt(self.model)
+        backbone = backbone or adapt(self.model)
         tokens, trace = self.blocks(backbone, images, record, prepare)
         whole = self.method.finish(tokens) if backbone.head_reads_patches else tokens
         features = backbone.norm(whole.x)
@@ -150,10 +172,35 @@ class ReducedViT(nn.Module):
         """The host, for attributes `nn.Module` does not declare."""
         return self.model
 
+    # what pipelines and trainers of transformers ask a model for
+
+    @property
+    def config(self) -> Any:
+        """The host's config; of timm's hosts there is none."""
+        return self.host.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the host's weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the host's first floating-point weight."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+        """Recompute each block in the backward pass; transformers' name of `set_grad_checkpointing`."""
+        self.set_grad_checkpointing()
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Store the activations of each block."""
+        self.set_grad_checkpointing(False)
+
     @property
     def num_classes(self) -> int:
         """Classes of the host's head."""
-        return self.host.num_classes  # type: ignore[no-any-return]
+        return adapt(self.model).spec.num_classes
 
     @property
     def num_features(self) -> int:
