@@ -29,6 +29,7 @@ class ReducedViT(nn.Module):
 
     model: nn.Module
     method: Method
+    base_model_prefix = "model"  # what transformers calls the attribute of the model inside
 
     def __init__(self, model: nn.Module, method: Method) -> None:
         super().__init__()
@@ -189,13 +190,16 @@ class ReducedViT(nn.Module):
         """The type of the host's first floating-point weight."""
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
-    def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+    def activation_checkpointing_enable(self, *_: Any, **__: Any) -> None:
         """Recompute each block in the backward pass; transformers' name of `set_grad_checkpointing`."""
         self.set_grad_checkpointing()
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         """Store the activations of each block."""
         self.set_grad_checkpointing(False)
+
+    gradient_checkpointing_enable = activation_checkpointing_enable  # older names
+    gradient_checkpointing_disable = activation_checkpointing_disable
 
     @property
     def num_classes(self) -> int:
