@@ -36,32 +36,63 @@ class ReducedViT(nn.Module):
 
     model: nn.Module
     method: Method
+    base_model_prefix = "model"  # what transformers calls the attribute of the model inside
 
     def __init__(self, model: nn.Module, method: Method, last_block: LastBlock = "prefix") -> None:
         super().__init__()
         self.model, self.method, self.last_block = model, method, last_block
         self.training = model.training  # each module of the host keeps its own mode
         method.train(model.training)
-        self.grad_checkpointing = bool(getattr(model, "grad_checkpointing", False))
+        asked = (getattr(part, "gradient_checkpointing", False) for part in model.modules())  # transformers
+        self.grad_checkpointing = bool(getattr(model, "grad_checkpointing", False)) or any(asked)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits (B, classes) for images (B, channels, height, width)."""
-        training = self.training or self.method.training
-        return self._outputs(images, prefix_only=self.last_block == "prefix" and not training).logits
+    def forward(
+        self,
+        images: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """Return what the host returns for images (B, channels, height, width); timm: logits (B, classes).
 
-    def run(self, images: Tensor, record: bool = False, prepare: Prepare | None = None) -> Outputs:
+        Args:
+            pixel_values: another name of images, that of transformers.
+            labels, arguments: of the host's own forward, if it has them.
+        """
+        if labels is not None:
+            arguments["labels"] = labels
+        given: Any = pixel_values if images is None else images
+        return adapt(self.model).answer(self, given, **arguments)
+
+    def run(
+        self,
+        images: Tensor,
+        record: bool = False,
+        prepare: Prepare | None = None,
+        backbone: Backbone | None = None,
+    ) -> Outputs:
         """Return logits and tokens; with `record` also the tokens after each block.
 
-        `prepare` changes the embedded tokens before the method sees them.
+        `prepare` changes the embedded tokens before the method sees them. `backbone` is the view of the host,
+        where it is at hand.
         """
-        return self._outputs(images, record, prepare)
+        return self._outputs(backbone or adapt(self.model), images, record, prepare)
+
+    def logits(self, images: Tensor, backbone: Backbone) -> Tensor:
+        """Return logits (B, classes) alone; in evaluation nothing is computed that none of them depends on."""
+        training = self.training or self.method.training
+        narrow = self.last_block == "prefix" and not training and not backbone.head_reads_patches
+        return self._outputs(backbone, images, prefix_only=narrow).logits
 
     def _outputs(
-        self, images: Tensor, record: bool = False, prepare: Prepare | None = None, prefix_only: bool = False
+        self,
+        backbone: Backbone,
+        images: Tensor,
+        record: bool = False,
+        prepare: Prepare | None = None,
+        prefix_only: bool = False,
     ) -> Outputs:
-        """Run the model; `prefix_only` leaves patch tokens out of the last block where no head reads them."""
-        backbone = adapt(self.model)
-        prefix_only = prefix_only and not backbone.head_reads_patches
+        """Run the model; `prefix_only` leaves patch tokens out of the last block, as no head reads them."""
         tokens, trace = self.blocks(backbone, images, record, prepare, prefix_only)
         whole = self.method.finish(tokens) if backbone.head_reads_patches else tokens
         features = backbone.norm(whole.x)
@@ -181,10 +212,38 @@ class ReducedViT(nn.Module):
         """The host, for attributes `nn.Module` does not declare."""
         return self.model
 
+    # what pipelines and trainers of transformers ask a model for
+
+    @property
+    def config(self) -> Any:
+        """The host's config; of timm's hosts there is none."""
+        return self.host.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the host's weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the host's first floating-point weight."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    def activation_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+        """Recompute each block in the backward pass; transformers' name of `set_grad_checkpointing`."""
+        self.set_grad_checkpointing()
+
+    def activation_checkpointing_disable(self) -> None:
+        """Store the activations of each block."""
+        self.set_grad_checkpointing(False)
+
+    gradient_checkpointing_enable = activation_checkpointing_enable  # older names
+    gradient_checkpointing_disable = activation_checkpointing_disable
+
     @property
     def num_classes(self) -> int:
         """Classes of the host's head."""
-        return self.host.num_classes  # type: ignore[no-any-return]
+        return adapt(self.model).spec.num_classes
 
     @property
     def num_features(self) -> int:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from evovit.errors import EvoViTError, shown
 from evovit.ops.select import prefix_queries, take_qkv
 from evovit.tokens import QKV, Tokens
+
+RECORDER = "transformers.utils.output_capturing"  # its hooks note hidden states for those who ask the host
 
 Mix = Callable[[QKV, Tensor | None], Tensor]  # q, k, v and all additive bias to mixed values, (B, H, Q, D)
 
@@ -107,6 +109,25 @@ class BackboneSpec:
         return sum(self.depths)
 
 
+class Finish(Protocol):
+    """What an answer asks of a method."""
+
+    def finish(self, tokens: Tokens) -> Tokens: ...
+
+
+class Road(Protocol):
+    """The road from image to tokens that `Backbone.answer` walks: a `ReducedViT`, or the plain blocks."""
+
+    @property
+    def method(self) -> Finish: ...
+
+    def logits(self, images: Tensor, backbone: Backbone) -> Tensor: ...
+
+    def blocks(
+        self, backbone: Backbone, images: Tensor, record: bool = False
+    ) -> tuple[Tokens, list[Tokens]]: ...
+
+
 class Backbone(ABC):
     """A view of a host: image -> tokens -> blocks -> features -> logits. A plain object, not a module."""
 
@@ -163,6 +184,26 @@ class Backbone(ABC):
         """
         return {}
 
+    def answer(self, road: Road, images: Tensor, **arguments: Any) -> Any:
+        """Return what the host's own call returns, its blocks run by `road`; default: logits (B, classes).
+
+        Args:
+            arguments: of the host's forward; raises `EvoViTError` for one that cannot be honoured.
+        """
+        if arguments:
+            raise EvoViTError(
+                f"{', '.join(arguments)}: {type(self).__name__} hosts take images alone, and return logits."
+            )
+        return road.logits(images, self)
+
+    def host_answer(self, images: Tensor) -> Any:
+        """Return the host's own answer, which `answer` is compared with."""
+        return next(self.bypassed())(images)
+
+    def values(self, answer: Any) -> list[Any]:
+        """Return the tensors of an answer, for comparisons; default: it is one."""
+        return [answer]
+
     @abstractmethod
     def host_features(self, images: Tensor) -> Tensor:
         """Return the normed features (B, P + N, C) of the host's own forward: the truth to compare with."""
@@ -171,7 +212,7 @@ class Backbone(ABC):
     def bypassed(self) -> Iterator[nn.Module]:
         """Return the modules whose forward is never called, as the views call what is inside them.
 
-        The host is one, its blocks and their attentions are.
+        The host comes first; its blocks and their attentions are among them.
         """
 
     @final
@@ -250,7 +291,8 @@ def expect_module(model: object, what: str) -> None:
 
 def is_hooked(module: nn.Module) -> bool:
     """Tell whether a call of the module does more than its class says: hooks, or a forward of its own."""
-    before, after = module._forward_pre_hooks, module._forward_hooks
+    before = module._forward_pre_hooks
+    after = [hook for hook in module._forward_hooks.values() if getattr(hook, "__module__", "") != RECORDER]
     backward = module._backward_pre_hooks or module._backward_hooks
     return bool(before or after or backward or "forward" in module.__dict__)
 
