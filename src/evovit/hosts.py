@@ -20,7 +20,7 @@ __all__ = ["check_name", "create_host", "models"]
 ELSEWHERE = {"pretrained": "pretrained", "checkpoint_path": "weights"}  # arguments of timm's: what to set
 TIMMS_OWN = (  # arguments of timm's create_model and of its registry
     *("features_only", "out_indices", "scriptable", "exportable", "no_jit", "cache_dir"),
-    *("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict"),
+    *("pretrained_cfg", "pretrained_strict"),
 )
 
 

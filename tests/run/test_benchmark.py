@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -586,3 +587,30 @@ def test_what_one_process_compiles_another_finds(tmp_path: Path) -> None:
 
     assert run("--warm") == "" and not (tmp_path / "out").exists()
     assert "1 graphs from the cache, 0 compiled" in run()
+
+
+@pytest.mark.slow
+def test_other_engines_are_timed_beside_their_own_dense_and_eager() -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime", "openvino", "nncf"):
+        pytest.importorskip(package)
+    engines = ("eager", "frozen", "aoti", "onnxruntime", "openvino")
+    setting = Setting(model="small_vit", engines=engines, rounds=3, threads=1)
+    rows = measure(setting, [Variant("evo_vit")], Extras(kernels=False))
+    assert [row.engine for row in rows] == 2 * list(engines)
+    for row in rows:
+        assert not row.skipped
+        assert row.cpu_ms and row.speedup and row.speedup_over_eager
+    int8 = measure(replace(setting, dtype="int8"), [Variant("evo_vit")], Extras(kernels=False))
+    by_engine = {row.engine: row for row in int8 if row.method == "evo_vit"}
+    assert {name for name, row in by_engine.items() if row.skipped} == {"eager", "frozen", "aoti"}
+    assert all(row.speedup_over_eager for name, row in by_engine.items() if not row.skipped)
+
+
+def test_engines_say_what_they_do_not_do() -> None:
+    setting = Setting(model="small_vit", engines=("aoti", "openvino", "frozen"), rounds=1, train=True)
+    told = {row.engine: row.skipped for row in measure(setting, [], Extras(kernels=False))}
+    assert told == {
+        "aoti": "aoti does not train",
+        "openvino": "openvino does not train",
+        "frozen": "frozen weights do not train",
+    }

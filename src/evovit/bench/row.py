@@ -50,12 +50,18 @@ class Row:
     mac_ratio: float  # dense / this: the most that saved arithmetic can give
     median_ms: float | None = None
     p95_ms: float | None = None
+    cpu_ms: float | None = (
+        None  # of the whole process, all threads; above threads * median_ms others work too
+    )
     images_per_second: float | None = None
     peak_memory_mb: float | None = None  # 1e6 bytes; with weights and one input; CUDA only
     memory_ratio: float | None = None  # this / dense with the same engine
     speedup: float | None = None  # over dense with the same engine
     noise: float | None = None  # of `speedup`, relative
     conversion: float | None = None  # speedup / mac_ratio
+    speedup_over_eager: float | None = (
+        None  # over the dense host in PyTorch's eager mode, float32; CPU inference
+    )
     speedup_over_best_dense: float | None = None  # over dense with `best_dense_engine`
     verdict_over_best_dense: str = ""
     best_dense_engine: str | None = None
@@ -83,6 +89,7 @@ class Measured:
     gmacs: float
     steps_per_round: int = 0
     times_ms: list[float] = field(default_factory=list)
+    cpu_ms: list[float] = field(default_factory=list)
     profile: Profile | None = None
 
     @property
@@ -134,11 +141,25 @@ def compare(dense_ms: Sequence[float], other_ms: Sequence[float]) -> Ratio:
 
 
 def rows_of(
-    setting: Setting, image_size: int, measured: Sequence[Measured], notes: Sequence[str] = ()
+    setting: Setting,
+    image_size: int,
+    measured: Sequence[Measured],
+    notes: Sequence[str] = (),
+    eager: Measured | None = None,
 ) -> list[Row]:
-    """Return one row per variant and engine, in the order given."""
+    """Return one row per variant and engine, in the order given.
+
+    Args:
+        eager: the dense host in eager float32, timed in the same rounds.
+    """
     notes = (*notes, *busy_notes(setting, measured))
-    return [_row(setting, image_size, one, measured, tuple(notes)) for one in measured]
+    rows = [_row(setting, image_size, one, measured, tuple(notes)) for one in measured]
+    if eager is None or not eager.times_ms:
+        return rows
+    return [
+        replace(row, speedup_over_eager=compare(eager.times_ms, one.times_ms).value) if one.times_ms else row
+        for row, one in zip(rows, measured, strict=True)
+    ]
 
 
 def _row(
@@ -173,6 +194,7 @@ def _row(
         row,
         median_ms=one.median_ms,
         p95_ms=_quantile(one.times_ms, 0.95),
+        cpu_ms=_quantile(one.cpu_ms, 0.5) if one.cpu_ms else None,
         images_per_second=setting.batch / one.median_ms * 1e3,
         peak_memory_mb=one.timed_step.peak_memory_mb,
         is_best_engine=one is min(own, key=lambda m: m.median_ms),

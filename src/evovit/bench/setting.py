@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from evovit.backbones import adapt
+from evovit.bench.exported import EXPORTED
 from evovit.bench.step import DTYPES, ENGINES, Batch
+from evovit.engines.exporting import TARGETS
 from evovit.errors import EvoViTError, check_choice, nearest, shown
 from evovit.hosts import check_name, create_host
 from evovit.methods import DENSE, build_config, find_method, list_methods
@@ -85,6 +87,8 @@ class Setting:
         """What `dtype` means in this task."""
         if self.dtype in ("fp32", "tf32"):
             return "float32" if self.dtype == "fp32" else "float32, products in TF32"
+        if self.dtype == "int8":
+            return "products with weights in int8, the rest in float32"
         kind = str(DTYPES[self.dtype]).removeprefix("torch.")
         return f"{kind} autocast, float32 weights" if self.train else f"weights and images in {kind}"
 
@@ -108,7 +112,12 @@ def parse_settings(
     if not models:
         raise EvoViTError("No model is given; give a timm name, for example deit_small_patch16_224.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    engines = tuple(engines) or (ENGINES if device == "cuda" else ("eager", "compiled"))
+    engines = tuple(engines) or (
+        ("eager", "compiled", "graphs") if device == "cuda" else ("eager", "compiled")
+    )
+    for engine in engines:
+        if engine in EXPORTED:
+            TARGETS[EXPORTED[engine]].expect_ready("fp32")
     shared |= {"device": device, "engines": engines}
     return [
         (Setting(model=check_name(model), dtype=dtype, batch=parse_batch(batch), **shared), batch == "max")
@@ -224,7 +233,8 @@ def build_models(host: nn.Module, variants: Sequence[Variant], train: bool) -> l
 
 def image_size_of(setting: Setting, model: Any) -> int:
     """Return the pixels of an image's side."""
-    return int(setting.size or model.pretrained_cfg["input_size"][-1])
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return int(setting.size or (cfg["input_size"] if cfg else adapt(model).image_shape)[-1])
 
 
 def place(setting: Setting, model: nn.Module) -> nn.Module:

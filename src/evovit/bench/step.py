@@ -1,4 +1,4 @@
-"""One model with one engine, ready to be timed: eager, compiled, or a CUDA graph of the compiled step.
+"""One model with one engine, ready to be timed: eager, compiled, a CUDA graph, or another engine.
 
 An inference step is a forward under `inference_mode`, weights and images in the same type. A training step is
 forward and backward in training mode, no optimiser; bf16 and fp16 then mean autocast over float32 weights.
@@ -9,19 +9,28 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
 from torch.nn import functional as F
 
+from evovit.bench.exported import EXPORTED, exported_step, why_not
 from evovit.errors import EvoViTError
 from evovit.model import ReducedViT
 
-ENGINES = ("eager", "compiled", "graphs")
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ENGINES = ("eager", "compiled", "graphs", "frozen", *EXPORTED)
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.float32,  # of the weights, until an engine quantises them
+}
 WARM_UP_STEPS = 4
 
 Step = Callable[[int], object]  # runs one step on the i-th input (modulo their number)
@@ -127,11 +136,33 @@ def prepare(
         name: of the compiled function; unlike any other since the last `torch.compiler.reset`.
     """
     model.train(train)
+    device = batches[0].images.device.type
+    refused = {engine: why for engine in engines if (why := why_not(engine, dtype, device, train))}
+    engines = [engine for engine in engines if engine not in refused]
+    ready = _prepare(model, engines, dtype, batches, train, name)
+    images = [batch.images for batch in batches]
+    for engine in (engine for engine in engines if engine in EXPORTED):
+        make = partial(exported_step, engine, model, dtype, images)
+        ready.append(_tried(engine, lambda make=make, engine=engine: TimedStep(engine, _warmed(make()))))  # type: ignore[misc]
+    return ready + [TimedStep(engine, None, why) for engine, why in refused.items()]
+
+
+def _warmed(step: Step) -> Step:
+    warm_up(step, 1)
+    return step
+
+
+def _prepare(
+    model: nn.Module, engines: Sequence[str], dtype: str, batches: Sequence[Batch], train: bool, name: str
+) -> list[TimedStep]:
+    """Return one warm step per engine of PyTorch's own."""
     forward, ready = forward_of(model, train), list[TimedStep]()
     if "eager" in engines:
         step = step_of(model, forward, dtype, batches, train)
         eager = _tried("eager", lambda: _warm("eager", model, batches, step))
         ready.append(eager._replace(graph_breaks=None, recompiles=None))
+    if "frozen" in engines:
+        ready.append(_tried("frozen", lambda: _frozen(model, forward, dtype, batches, train, name)))
     others = [engine for engine in ("compiled", "graphs") if engine in engines]
     if not others:
         return ready
@@ -153,6 +184,22 @@ def prepare(
         on_cuda = batches[0].images.is_cuda
         ready.append(_tried("graphs", graphs, "the capture failed: ") if on_cuda else NO_GRAPHS)
     return ready
+
+
+def _frozen(
+    model: nn.Module,
+    forward: Callable[..., Tensor],
+    dtype: str,
+    batches: Sequence[Batch],
+    train: bool,
+    name: str,
+) -> TimedStep:
+    """Return the compiled step with weights as constants, packed once for the products."""
+    if train:
+        return TimedStep("frozen", None, "frozen weights do not train")
+    with inductor_config.patch({"freezing": True}):
+        step = step_of(model, compiled(forward, f"{name}_frozen"), dtype, batches, train)
+        return _warm("frozen", model, batches, step)
 
 
 def _tried(engine: str, make: Callable[[], TimedStep], what: str = "") -> TimedStep:

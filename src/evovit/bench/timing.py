@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from evovit.bench.exported import EXPORTED
 from evovit.bench.profile import named_loops, profile, write_trace
 from evovit.bench.row import Measured, Row, rows_of
 from evovit.bench.setting import (
@@ -89,7 +92,8 @@ def _measure(
         measured += [Measured(variant, step, macs[i]) for step in ready]
         log(f"{setting}: {variant} ready after {time.perf_counter() - start:.0f} s")
     works = [m for m in measured if m.timed_step.step]
-    interleave(works, setting)
+    eager = eager_of(setting, host, measured)
+    interleave([*works, eager] if eager and eager not in works else works, setting)
     if extras.kernels:
         notes = [*notes, *profile_each(measured, setting.device, log)]
     if extras.trace is not None:
@@ -100,7 +104,21 @@ def _measure(
         except Exception as error:  # the times are taken
             notes = [*notes, f"no trace: {in_short(error)}"]
             log(notes[-1])
-    return rows_of(setting, size, measured, notes)
+    return rows_of(setting, size, measured, notes, eager)
+
+
+def eager_of(setting: Setting, host: nn.Module, measured: Sequence[Measured]) -> Measured | None:
+    """Return the dense host in eager float32, what people run today; None for training and on CUDA."""
+    if setting.train or setting.device != "cpu":
+        return None
+    if setting.dtype == "fp32" and "eager" in setting.engines:
+        return next(
+            (m for m in measured if m.is_dense and m.timed_step.engine == "eager" and m.timed_step.step), None
+        )
+    plain = replace(setting, dtype="fp32")
+    host = place(plain, copy.deepcopy(host))
+    (step,) = prepare(host, ("eager",), "fp32", random_batches(plain, host), False, "")
+    return Measured(Variant(DENSE), step, 0.0) if step.step else None
 
 
 def profile_each(measured: Sequence[Measured], device: str, log: Callable[[str], None]) -> list[str]:
@@ -110,7 +128,7 @@ def profile_each(measured: Sequence[Measured], device: str, log: Callable[[str],
     CUDA 13.0 does not see a graph's kernels reliably.
     """
     failed: list[str] = []
-    for one in (m for m in measured if m.timed_step.step):
+    for one in (m for m in measured if m.timed_step.step and m.timed_step.engine not in EXPORTED):
         if one.timed_step.engine == "graphs":
             same = (m for m in measured if m.variant is one.variant and m.timed_step.engine == "compiled")
             one.profile = next((m.profile for m in same), None)
@@ -132,7 +150,9 @@ def interleave(measured: Sequence[Measured], setting: Setting) -> None:
     for turn in range(setting.rounds):
         for i in range(len(measured)):
             one = measured[(turn + i) % len(measured)]
-            one.times_ms.append(timed(one.timed_step.run, turn, one.steps_per_round, on_cuda))
+            before, steps = time.process_time(), one.steps_per_round
+            one.times_ms.append(timed(one.timed_step.run, turn, steps, on_cuda))
+            one.cpu_ms.append((time.process_time() - before) * 1e3 / (steps + 1))
 
 
 def timed(step: Step, first: int, count: int, on_cuda: bool) -> float:

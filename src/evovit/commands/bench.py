@@ -16,7 +16,7 @@ def bench(
     options: tuple[str, ...] = (),
     keep_ratio: tuple[float, ...] = (),
     engine: tuple[str, ...] = (),
-    dtype: tuple[str, ...] = ("fp32",),
+    precision: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--dtype"])] = ("fp32",),
     batch: tuple[str, ...] = ("1",),
     train: bool = False,
     device: str = "",
@@ -32,7 +32,8 @@ def bench(
 
     $ evovit bench deit_small_patch16_224 --keep-ratio 0.3 0.5 0.7
     $ evovit bench deit_small_patch16_224 --method evo_vit "evit:blocks=[3,6,9],keep_ratio=0.7"
-    $ evovit bench deit_base_patch16_224 --method all --dtype bf16 --batch 1 64 --engine compiled
+    $ evovit bench deit_base_patch16_224 --method all --precision bf16 --batch 1 64 --engine compiled
+    $ evovit bench deit_small_patch16_224 --engine onnxruntime openvino --precision fp32 int8 --threads 1
 
     Args:
         models: timm names; random weights unless --pretrained.
@@ -41,8 +42,9 @@ def bench(
             not read; last_block=all computes that in a reduced model too.
         options: option=value for every method given.
         keep_ratio: short for the option keep_ratio; several give a row each.
-        engine: eager, compiled, graphs (a CUDA graph of the compiled step); default: all the device has.
-        dtype: fp32, tf32 (CUDA), bf16, fp16.
+        engine: eager, compiled, graphs (a CUDA graph of the compiled step), frozen (packed weights), aoti,
+            onnxruntime, openvino; default: eager, compiled and, on CUDA, graphs.
+        precision: fp32, tf32 (CUDA), bf16, fp16, int8 (onnxruntime, openvino).
         batch: images per step; "max" is the largest power of two that fits on the GPU.
         train: time forward and backward, without optimiser, instead of inference.
         device: cuda or cpu; default: cuda if there is one.
@@ -77,7 +79,7 @@ def bench(
     variants = parse_variants(method, options, keep_ratio)
     settings = parse_settings(
         models,
-        dtype,
+        precision,
         batch,
         engine,
         device,

@@ -24,13 +24,16 @@ IDENTITY = (*GROUP, "method", "options", "engine")
 INTRODUCTION = (
     "Each group was measured in one process, the dense model and the reduced ones in turn. Speed-up is dense "
     "time / time with the same engine, median over the rounds; the ceiling is the ratio of "
-    "multiply-accumulates; conversion is speed-up / ceiling. Bold: a variant's best engine."
+    "multiply-accumulates; conversion is speed-up / ceiling. CPU ms is the time of the process on all "
+    "threads. Over eager: beside the dense model in PyTorch's eager mode and float32. Bold: a variant's best "
+    "engine."
 )
 CELLS: dict[str, Callable[[Record], str]] = {
     "variant": name_of,
     "engine": lambda r: str(r["engine"]),
     "ms": lambda r: cell(r["median_ms"], 3),
     "p95 ms": lambda r: cell(r["p95_ms"], 3),
+    "CPU ms": lambda r: cell(r.get("cpu_ms"), 3),
     "images/s": lambda r: cell(r["images_per_second"], 0),
     "peak MB": lambda r: cell(r["peak_memory_mb"], 0),
     "GMACs": lambda r: cell(r["gmacs"], 3),
@@ -41,9 +44,10 @@ CELLS: dict[str, Callable[[Record], str]] = {
     "over best dense": lambda r: cell(r["speedup_over_best_dense"], 3),
     "breaks": lambda r: cell(r["graph_breaks"], 0),
     "recompiles": lambda r: cell(r["recompiles"], 0),
+    "over eager": lambda r: cell(r.get("speedup_over_eager"), 2),
     "verdict": lambda r: f"skipped: {r['skipped']}" if r["skipped"] else str(r["verdict"]),
 }
-PRINTED = tuple(CELLS)[:11]  # on the terminal, where sentences say the rest
+PRINTED = (*tuple(CELLS)[:12], "over eager")  # on the terminal, where sentences say the rest
 
 
 def table_of(records: Sequence[Record], columns: Sequence[str] = tuple(CELLS)) -> Table:

@@ -183,7 +183,9 @@ def read_tensors(path: Path, what: str) -> Any:
             return load_file(path)
         with path.open("rb") as file:
             if not file.read(2).startswith(PYTORCHS):
-                raise EvoViTError(f"{said}: it is no file of PyTorch (a page, a pointer of Git LFS?).")
+                raise EvoViTError(
+                    f"{said} as {what}: it is no file of PyTorch (a page, a pointer of Git LFS?)."
+                )
         return _load_plain(path)
     except EvoViTError:
         raise
