@@ -152,7 +152,8 @@ class ReducedViT(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters without weight decay, as this module names them."""
-        return {f"model.{name}" for name in self.host.no_weight_decay()}
+        own: set[str] = getattr(self.host, "no_weight_decay", set)()  # of transformers' hosts there is none
+        return {f"model.{name}" for name in own}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's layer groups with names as this module has them."""
