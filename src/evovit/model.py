@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from evovit.backbones import Backbone, adapt, check_adapter, read_host
 from evovit.backbones.base import is_hooked
-from evovit.errors import EvoViTError, check_count, shown
+from evovit.backbones.prefix import with_prefix_block
+from evovit.errors import EvoViTError, check_choice, check_count, shown
 from evovit.methods import build_config, find_method, find_method_of
 from evovit.methods.base import Method
 from evovit.ops.select import take
@@ -19,21 +20,27 @@ from evovit.options import MOST
 from evovit.tokens import Outputs, Tokens
 
 Prepare = Callable[[Tokens], Tokens]
+LastBlock = Literal["prefix", "all"]
 
 
 class ReducedViT(nn.Module):
     """A host whose blocks are run by a method.
 
     The host is `.model`, untouched: its state-dict keys, checkpoints and own forward stay as they are.
+
+    Args:
+        last_block: "prefix" leaves out what cannot reach the logits: called in evaluation, where the head
+            reads prefix tokens alone, the last block computes their rows only. Same logits up to rounding.
+            Training, `run`, features and heads that read patch tokens are as with "all".
     """
 
     model: nn.Module
     method: Method
     base_model_prefix = "model"  # what transformers calls the attribute of the model inside
 
-    def __init__(self, model: nn.Module, method: Method) -> None:
+    def __init__(self, model: nn.Module, method: Method, last_block: LastBlock = "prefix") -> None:
         super().__init__()
-        self.model, self.method = model, method
+        self.model, self.method, self.last_block = model, method, last_block
         self.training = model.training  # each module of the host keeps its own mode
         method.train(model.training)
         asked = (getattr(part, "gradient_checkpointing", False) for part in model.modules())  # transformers
@@ -46,7 +53,7 @@ class ReducedViT(nn.Module):
         labels: Tensor | None = None,
         **arguments: Any,
     ) -> Any:
-        """Return what the host returns for images (B, channels, height, width); of timm: logits (B, classes).
+        """Return what the host returns for images (B, channels, height, width); timm: logits (B, classes).
 
         Args:
             pixel_values: another name of images, that of transformers.
@@ -69,8 +76,24 @@ class ReducedViT(nn.Module):
         `prepare` changes the embedded tokens before the method sees them. `backbone` is the view of the host,
         where it is at hand.
         """
-        backbone = backbone or adapt(self.model)
-        tokens, trace = self.blocks(backbone, images, record, prepare)
+        return self._outputs(backbone or adapt(self.model), images, record, prepare)
+
+    def logits(self, images: Tensor, backbone: Backbone) -> Tensor:
+        """Return logits (B, classes) alone; in evaluation nothing is computed that none of them depends on."""
+        training = self.training or self.method.training
+        narrow = self.last_block == "prefix" and not training and not backbone.head_reads_patches
+        return self._outputs(backbone, images, prefix_only=narrow).logits
+
+    def _outputs(
+        self,
+        backbone: Backbone,
+        images: Tensor,
+        record: bool = False,
+        prepare: Prepare | None = None,
+        prefix_only: bool = False,
+    ) -> Outputs:
+        """Run the model; `prefix_only` leaves patch tokens out of the last block, as no head reads them."""
+        tokens, trace = self.blocks(backbone, images, record, prepare, prefix_only)
         whole = self.method.finish(tokens) if backbone.head_reads_patches else tokens
         features = backbone.norm(whole.x)
         mask = whole.mask
@@ -82,7 +105,12 @@ class ReducedViT(nn.Module):
         return Outputs(logits, tokens, extra, trace, features, each, alone)
 
     def blocks(
-        self, backbone: Backbone, images: Tensor, record: bool = False, prepare: Prepare | None = None
+        self,
+        backbone: Backbone,
+        images: Tensor,
+        record: bool = False,
+        prepare: Prepare | None = None,
+        prefix_only: bool = False,
     ) -> tuple[Tokens, list[Tokens]]:
         """Run embedding and all blocks: the road from image to tokens."""
         if not torch.compiler.is_compiling():
@@ -90,6 +118,7 @@ class ReducedViT(nn.Module):
             backbone.expect_images(images)
         tokens, trace = backbone.embed(images), []
         tokens, stages = tokens if prepare is None else prepare(tokens), backbone.stages()
+        stages = with_prefix_block(stages) if prefix_only else stages
         tokens = self.method.begin(tokens, stages)
         for stage in stages:
             tokens = self.method.enter_stage(stage, tokens)
@@ -139,6 +168,16 @@ class ReducedViT(nn.Module):
                 raise EvoViTError(f"{what} cells of the {rows} x {columns} grid without a token; {instead}")
             patches = take(patches, order)
         return patches.transpose(1, 2).reshape(*patches.shape[::2], rows, columns)
+
+    @property
+    def last_block(self) -> LastBlock:
+        """How much the last block computes; may be set at any time."""
+        return self._last_block
+
+    @last_block.setter
+    def last_block(self, value: LastBlock) -> None:
+        check_choice("last_block", value, get_args(LastBlock))
+        self._last_block = value
 
     def get_classifier(self) -> Any:
         """Return the host's classifier."""
@@ -241,7 +280,12 @@ def refuse_hooks(backbone: Backbone, model: nn.Module) -> None:
 
 
 def reduce_tokens(
-    model: nn.Module, method: str | Method.Config = "evo_vit", *, verify: bool = True, **options: Any
+    model: nn.Module,
+    method: str | Method.Config = "evo_vit",
+    *,
+    verify: bool = True,
+    last_block: LastBlock = "prefix",
+    **options: Any,
 ) -> ReducedViT:
     """Wrap a pretrained or fresh host so that a method runs its blocks.
 
@@ -249,6 +293,8 @@ def reduce_tokens(
         model: a supported host (see `evovit.list_hosts`); it is used as it is, not copied.
         method: a name from `list_methods`, with `options`, or a method's `Config`.
         verify: prove first that the views reproduce this host exactly (two forwards of two random images).
+        last_block: "prefix" computes no patch tokens in the last block where no head reads them, see
+            `ReducedViT`; "all" computes them.
 
     Raises:
         EvoViTError: unsupported host, unknown method or option, a value out of range, a hook that would never
@@ -273,4 +319,4 @@ def reduce_tokens(
     if verify is not False:
         check_adapter(model)
     like = next(p for p in model.parameters() if p.is_floating_point())
-    return ReducedViT(model, cls(config, backbone.spec).to(like.device, like.dtype))
+    return ReducedViT(model, cls(config, backbone.spec).to(like.device, like.dtype), last_block)

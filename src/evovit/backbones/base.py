@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evovit.errors import EvoViTError, shown
-from evovit.ops.select import take_qkv
-from evovit.tokens import QKV, Outputs, Tokens
+from evovit.ops.select import prefix_queries, take_qkv
+from evovit.tokens import QKV, Tokens
 
 RECORDER = "transformers.utils.output_capturing"  # its hooks note hidden states for those who ask the host
 
@@ -62,9 +62,16 @@ class Block(ABC):
         """
         return take_qkv(scored, rows)
 
-    @final
+    def prefix_qkv(self, tokens: Tokens) -> QKV:
+        """Return queries (and `extra`) of the prefix, keys and values of all; default: rows of `qkv`."""
+        return prefix_queries(self.qkv(tokens), tokens.num_prefix)
+
     def attend(self, tokens: Tokens, bias: Tensor | None = None) -> tuple[Tokens, QKV]:
-        """Run qkv, then attention."""
+        """Run qkv, then attention.
+
+        In the last block both may hold less: where the head reads prefix tokens alone, `prefix.PrefixBlock`
+        leaves no patch tokens after attention, and the queries it returns are the prefix tokens' own.
+        """
         qkv = self.qkv(tokens)
         return self.attention(tokens, qkv, bias), qkv
 
@@ -79,6 +86,9 @@ class Stage(NamedTuple):
 
     enter: Callable[[Tokens], Tokens] | None
     blocks: Sequence[Block]
+
+
+Change = Callable[[Sequence[Stage]], Sequence[Stage]]
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,7 @@ class Road(Protocol):
     @property
     def method(self) -> Finish: ...
 
-    def run(self, images: Tensor, *, backbone: Backbone | None = None) -> Outputs: ...
+    def logits(self, images: Tensor, backbone: Backbone) -> Tensor: ...
 
     def blocks(
         self, backbone: Backbone, images: Tensor, record: bool = False
@@ -184,7 +194,7 @@ class Backbone(ABC):
             raise EvoViTError(
                 f"{', '.join(arguments)}: {type(self).__name__} hosts take images alone, and return logits."
             )
-        return road.run(images, backbone=self).logits
+        return road.logits(images, self)
 
     def host_answer(self, images: Tensor) -> Any:
         """Return the host's own answer, which `answer` is compared with."""
@@ -254,9 +264,11 @@ def mixed_values(qkv: QKV, bias: Tensor | None, mix: Mix | None, dropout: float)
     """Return the values mixed by attention, (B, H, Q, D): fused softmax attention, or what `mix` gives.
 
     Args:
-        bias: of the method; the host's own (`QKV.bias`) is added to it.
+        bias: of the method, of any floating type; the host's own (`QKV.bias`) is added to it.
         dropout: of the host's attention weights, at this moment.
     """
+    if bias is not None and bias.is_floating_point():
+        bias = bias.to(qkv.q.dtype)
     if qkv.bias is not None:
         bias = qkv.bias if bias is None else qkv.bias + bias
     if mix is None:
@@ -361,19 +373,25 @@ def raster_tokens(x: Tensor, num_prefix: int, grid: tuple[int, int]) -> Tokens:
 
 @torch.no_grad()
 def last_qkv(stages: Sequence[Stage], tokens: Tokens) -> QKV:
-    """Run embedded tokens through all blocks, nothing reduced, and return what the last attention saw."""
+    """Run embedded tokens to the last block, nothing reduced, and return what its attention would see."""
+    last = stages[-1].blocks[-1]
     for stage in stages:
         tokens = stage.enter(tokens) if stage.enter else tokens
         for block in stage.blocks:
-            tokens, qkv = block.attend(tokens)
-            tokens = block.ffn(tokens)
-    return qkv
+            if block.number < last.number:
+                tokens = block(tokens)
+    return last.qkv(tokens)
 
 
-def trace_dense(backbone: Backbone, images: Tensor) -> list[Tokens]:
-    """Return the tokens after each block of the host, through its views, nothing reduced."""
+def trace_dense(backbone: Backbone, images: Tensor, change: Change | None = None) -> list[Tokens]:
+    """Return the tokens after each block of the host, through its views, nothing reduced.
+
+    Args:
+        change: gives the views to run instead of the host's own.
+    """
     tokens, trace = backbone.embed(images), []
-    for stage in backbone.stages():
+    stages = backbone.stages()
+    for stage in stages if change is None else change(stages):
         tokens = stage.enter(tokens) if stage.enter else tokens
         for block in stage.blocks:
             tokens = block(tokens)
@@ -381,6 +399,6 @@ def trace_dense(backbone: Backbone, images: Tensor) -> list[Tokens]:
     return trace
 
 
-def run_dense(backbone: Backbone, images: Tensor) -> Tensor:
-    """Return the normed features (B, P + N, C) of the host through its views, nothing reduced."""
-    return backbone.norm(trace_dense(backbone, images)[-1].x)
+def run_dense(backbone: Backbone, images: Tensor, change: Change | None = None) -> Tensor:
+    """Return the normed features (B, P + N, C) of the host through its views; `change` as `trace_dense`."""
+    return backbone.norm(trace_dense(backbone, images, change)[-1].x)

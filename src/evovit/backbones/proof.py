@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from evovit.backbones.base import Backbone, evaluating, run_dense, trace_dense
+from evovit.backbones.prefix import with_prefix_block
 from evovit.errors import EvoViTError
-from evovit.tokens import Outputs, Tokens
+from evovit.tokens import Tokens
 
 GAINS = (3.0, 1.0)  # deviation that a matrix gives of inputs with deviation 1; the first that works
 LARGE_TOLERANCE = 1e-3  # with enlarged weights rounding grows too, block by block
@@ -28,8 +29,8 @@ Adapt = Callable[[nn.Module], Backbone]
 class Plain:
     """The road through the host's own blocks, nothing reduced."""
 
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone, self.method = backbone, self
+    def __init__(self) -> None:
+        self.method = self
 
     def finish(self, tokens: Tokens) -> Tokens:
         """Return the tokens: all are there."""
@@ -40,12 +41,9 @@ class Plain:
         trace = trace_dense(backbone, images)
         return trace[-1], trace
 
-    def run(self, images: Tensor, *, backbone: Backbone | None = None) -> Outputs:
-        """Return logits, tokens and features."""
-        backbone = backbone or self.backbone
-        tokens, trace = self.blocks(backbone, images)
-        features = backbone.norm(tokens.x)
-        return Outputs(backbone.head(features), tokens, {}, trace, features, None)
+    def logits(self, images: Tensor, backbone: Backbone) -> Tensor:
+        """Return logits (B, classes)."""
+        return backbone.head(backbone.norm(self.blocks(backbone, images)[0].x))
 
 
 class Both(nn.Module):
@@ -56,7 +54,10 @@ class Both(nn.Module):
         self.model, self.adapt = model, adapt
 
     def forward(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return pairs of what the host and its views give: features, in evaluation also logits."""
+        """Return pairs of what the host and its views give: features, in evaluation also logits.
+
+        A head that is said to read prefix tokens alone is given nothing else, as `PrefixBlock` leaves them.
+        """
         backbone = self.adapt(self.model)
         pairs = [(_seeded(backbone.host_features, images), _seeded(self._features, images))]
         if not self.model.training:  # in training a head may give several predictions
@@ -66,11 +67,14 @@ class Both(nn.Module):
             if len(host) != len(ours):
                 raise EvoViTError(f"The host returns {len(host)} tensors, and its views {len(ours)}.")
             pairs += zip(host, ours, strict=True)
+            if not backbone.head_reads_patches:
+                whole = backbone.head(pairs[0][0])
+                pairs.append((whole, backbone.head(run_dense(backbone, images, with_prefix_block))))
         return pairs
 
     def _answer(self, images: Tensor) -> Any:
         backbone = self.adapt(self.model)
-        return backbone.answer(Plain(backbone), images)
+        return backbone.answer(Plain(), images)
 
     def _features(self, images: Tensor) -> Tensor:
         return run_dense(self.adapt(self.model), images)

@@ -73,6 +73,7 @@ def save_reduced(
             "host": f"{type(reduced.model).__module__}.{type(reduced.model).__qualname__}",
             "method": name_of(reduced.method),
             "options": {name: getattr(config, name) for name in config.__dataclass_fields__},
+            "last_block": reduced.last_block,
             "build": described,
             "includes_model": include_model,
             "files": {name: hash_file(folder / f"{NEW}{name}") for name in states},
@@ -112,7 +113,8 @@ def load_reduced(folder: str | Path, model: nn.Module | None = None) -> ReducedV
         model = model.to(kinds.pop()) if len(kinds) == 1 else model
     if saved is not None:
         check_fit(model, saved, f"The saved host in {shown(folder)}", f"this {type(model).__name__}")
-    reduced = reduce_tokens(model, build_config(find_method(content["method"]), content["options"]))
+    config = build_config(find_method(content["method"]), content["options"])
+    reduced = reduce_tokens(model, config, last_block=content["last_block"])
     check_fit(reduced.method, own, f"The saved method in {shown(folder)}", content["method"])
     reduced.method.load_state_dict(own)
     if saved is not None:
@@ -135,7 +137,8 @@ def _complete(folder: Path) -> None:
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise EvoViTError(f"There is no {shown(path)}; give a folder written by save_reduced.")
-    content = {"files": {}, "build": {}} | read_json(path, "evovit")
+    older = {"files": {}, "build": {}, "last_block": "prefix"}  # what older ones lack
+    content = older | read_json(path, "evovit")
     kinds = {"method": str, "options": dict, "includes_model": bool, "files": dict, "build": dict}
     wrong = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
     if wrong:
