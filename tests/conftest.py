@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import (
     ParallelScalingBlock,
@@ -18,6 +19,7 @@ from timm.models.vision_transformer import (
     ResPostBlock,
     VisionTransformer,
 )
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from evovit.models.lv_vit import LVViT
@@ -66,6 +68,8 @@ HOSTS: dict[str, Callable[[], nn.Module]] = {
         **TINY, use_rot_pos_emb=True, qkv_fused=False, swiglu_mlp=True, scale_mlp=True, init_values=0.1
     ),
     "dinov3": lambda: timm.create_model("vit_small_patch16_dinov3", **(TINY | {"embed_dim": 64})),
+    "beit": lambda: Beit(**TINY, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1),
+    "relpos": lambda: VisionTransformerRelPos(**TINY, init_values=0.1),
     "lv_vit": lambda: LVViT(**TINY),
 }
 

@@ -71,6 +71,19 @@ def test_without_fragments_all_bright_pixels_lie_in_the_box() -> None:
         assert ((columns + 1 > left) & (columns < right) & (rows + 1 > top) & (rows < bottom)).all()
 
 
+def test_the_mask_is_the_digits_ink_and_lies_in_its_box() -> None:
+    scenes = digit_scenes("test", 300, size=48, num_fragments=0)
+    assert scenes.masks.shape == (300, 48, 48) and scenes.masks.dtype == torch.bool
+    bright = colours(scenes.images).mean(1) > 0.55  # background 0.3, ink 0.6 to 1, noise 0.06
+    overlap = (bright & scenes.masks).flatten(1).sum(1) / (bright | scenes.masks).flatten(1).sum(1)
+    assert overlap.mean() > 0.7
+    for mask, box in zip(scenes.masks, scenes.boxes, strict=True):
+        rows, columns = mask.nonzero().unbind(1)
+        left, top, right, bottom = box.tolist()
+        assert left <= columns.min() + 1 and columns.max() <= right
+        assert top <= rows.min() + 1 and rows.max() <= bottom
+
+
 @pytest.mark.parametrize(
     "bad", [{"num_scenes": 0}, {"size": 8}, {"num_fragments": -1}, {"split": "validation"}]
 )

@@ -10,8 +10,10 @@ Model road: image -> tokens -> score -> select -> update -> head
   schedule     how many tokens each block keeps
   backbones    one host family a file: embed, stages of block views, norm, head; check_adapter proves it
   methods      one paper a file; the registry
+  intermediates  features after chosen blocks, by timm's contract; missing cells restored
   model        ReducedViT, the loop; reduce_tokens, the door
   towers       reduced vision models in their places inside larger ones
+  feature_maps  a reduced model as a backbone of maps; the pyramid of ViTDet; how old each cell is
   models       named models, also in timm's registry
   macs         multiply-accumulates of one image
   fuse         batch norms folded into the layers beside them
@@ -49,6 +51,10 @@ if TYPE_CHECKING:
     from evovit.data.digits import digit_scenes as digit_scenes
     from evovit.engines.exporting import export as export
     from evovit.errors import EvoViTError as EvoViTError
+    from evovit.feature_maps import FeatureNet as FeatureNet
+    from evovit.feature_maps import SimplePyramid as SimplePyramid
+    from evovit.feature_maps import features as features
+    from evovit.feature_maps import stale_share as stale_share
     from evovit.fuse import fuse_batch_norm as fuse_batch_norm
     from evovit.macs import gmacs as gmacs
     from evovit.methods import list_methods as list_methods
@@ -64,12 +70,15 @@ if TYPE_CHECKING:
 
 _HOMES = {  # a name is imported from its module when it is first asked for
     "EvoViTError": "errors",
+    "FeatureNet": "feature_maps",
     "Outputs": "tokens",
     "ReducedViT": "model",
+    "SimplePyramid": "feature_maps",
     "check_adapter": "backbones",
     "create_model": "models",
     "digit_scenes": "data.digits",
     "export": "engines.exporting",
+    "features": "feature_maps",
     "fuse_batch_norm": "fuse",
     "gmacs": "macs",
     "kept_patches": "visualize",
@@ -82,6 +91,7 @@ _HOMES = {  # a name is imported from its module when it is first asked for
     "reduce_tower": "towers",
     "restore_tower": "towers",
     "save_reduced": "checkpoints.reduced",
+    "stale_share": "feature_maps",
     "train_recipe": "train.run",
 }
 __all__ = [*_HOMES, "__version__"]

@@ -83,7 +83,7 @@ def listed(words: Iterable[Any]) -> str:
 def check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
     """Raise `EvoViTError`, with the nearest word, unless `value` is one of `allowed`."""
     allowed = list(allowed)
-    if not isinstance(value, str | int) or value not in allowed:
+    if not isinstance(value, (str, int)) or value not in allowed:
         hint = nearest(value, map(str, allowed))
         raise EvoViTError(f"{name} is {shown(value)}; allowed is {listed(allowed)}.{hint}")
 

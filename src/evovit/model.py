@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from evovit.backbones import Backbone, adapt, check_adapter, read_host
-from evovit.backbones.base import is_hooked
+from evovit.backbones.base import Stage, is_hooked
 from evovit.backbones.prefix import with_prefix_block
 from evovit.errors import EvoViTError, check_choice, check_count, shown
+from evovit.intermediates import feature_info, forward_intermediates, prune, refuse_masks
 from evovit.methods import build_config, find_method, find_method_of
 from evovit.methods.base import Method
 from evovit.ops.select import take
@@ -79,7 +81,7 @@ class ReducedViT(nn.Module):
         return self._outputs(backbone or adapt(self.model), images, record, prepare)
 
     def logits(self, images: Tensor, backbone: Backbone) -> Tensor:
-        """Return logits (B, classes) alone; in evaluation nothing is computed that none of them depends on."""
+        """Return logits (B, classes); in evaluation nothing is computed that they do not depend on."""
         training = self.training or self.method.training
         narrow = self.last_block == "prefix" and not training and not backbone.head_reads_patches
         return self._outputs(backbone, images, prefix_only=narrow).logits
@@ -111,8 +113,9 @@ class ReducedViT(nn.Module):
         record: bool = False,
         prepare: Prepare | None = None,
         prefix_only: bool = False,
+        last: int | None = None,
     ) -> tuple[Tokens, list[Tokens]]:
-        """Run embedding and all blocks: the road from image to tokens."""
+        """Run embedding and all blocks, or those up to number `last`: the road from image to tokens."""
         if not torch.compiler.is_compiling():
             backbone.expect_unsharded()
             backbone.expect_images(images)
@@ -120,7 +123,7 @@ class ReducedViT(nn.Module):
         tokens, stages = tokens if prepare is None else prepare(tokens), backbone.stages()
         stages = with_prefix_block(stages) if prefix_only else stages
         tokens = self.method.begin(tokens, stages)
-        for stage in stages:
+        for stage in stages if last is None else first_blocks(stages, last):
             tokens = self.method.enter_stage(stage, tokens)
             for block in stage.blocks:
                 if self.grad_checkpointing and self.training:
@@ -178,6 +181,68 @@ class ReducedViT(nn.Module):
     def last_block(self, value: LastBlock) -> None:
         check_choice("last_block", value, get_args(LastBlock))
         self._last_block = value
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        restore: str | None = "auto",
+    ) -> Any:
+        """Return features after chosen blocks, as timm's hosts do (docs/feature_maps.md).
+
+        Args:
+            x: images (B, channels, height, width).
+            indices: blocks from 0, negative from the end; a number: the last so many; None: all. They count
+                stages on a host of several.
+            return_prefix_tokens: pair each map with its prefix tokens (B, P, C), if the host has such.
+            norm: apply the host's last norm to each map.
+            stop_early: do not run the blocks after the last chosen one.
+            output_fmt: "NCHW" (B, C, rows, columns), or "NLC" (B, N, C).
+            intermediates_only: leave out the final features, which `forward_head` takes.
+            output_dict: answer with timm's dictionary.
+            attn_mask, is_causal: cannot be honoured.
+            restore: what a cell without a token is given: "hold" what it had last, "unmerge" the token it was
+                merged into, "interpolate" a mean of similar ones; None: nothing, each answer is a `Sparse`
+                (x, index, valid); "auto": "unmerge" where it can be, else "hold".
+        """
+        refuse_masks(attn_mask, is_causal)
+        backbone = adapt(self.model)
+        return forward_intermediates(
+            partial(self.blocks, backbone, x, True),
+            backbone,
+            self.method,
+            indices=indices,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            stop_early=stop_early,
+            output_fmt=output_fmt,
+            intermediates_only=intermediates_only,
+            output_dict=output_dict,
+            restore=restore,
+        )
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Take blocks after the last chosen one out of the host, for good; what runs before stays the same.
+
+        Returns:
+            The chosen indices, counted from 0.
+        """
+        return prune(self.model, adapt(self.model).spec, indices, prune_norm, prune_head)
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Channels, stride and name of the features after each block, or each stage, as timm tells them."""
+        return feature_info(self.model, adapt(self.model))
 
     def get_classifier(self) -> Any:
         """Return the host's classifier."""
@@ -265,6 +330,12 @@ class ReducedViT(nn.Module):
 def backbone_of(model: nn.Module) -> Backbone:
     """Return the view of a host, or of a reduced model's host."""
     return adapt(model.model if isinstance(model, ReducedViT) else model)
+
+
+def first_blocks(stages: Sequence[Stage], last: int) -> list[Stage]:
+    """Return the stages with their blocks up to number `last`, without those that have none."""
+    cut = [Stage(enter, [block for block in blocks if block.number <= last]) for enter, blocks in stages]
+    return [stage for stage in cut if stage.blocks]
 
 
 def refuse_hooks(backbone: Backbone, model: nn.Module) -> None:

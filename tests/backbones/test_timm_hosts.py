@@ -14,6 +14,8 @@ import pytest
 import timm
 import torch
 from timm.layers import Attention
+from timm.models.beit import Attention as BeitAttention
+from timm.models.beit import Beit
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import (
     ParallelScalingBlock,
@@ -21,6 +23,7 @@ from timm.models.vision_transformer import (
     ResPostBlock,
     VisionTransformer,
 )
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from timm.models.vitamin import VitCfg, VitConvCfg
 from torch import Tensor, nn
 
@@ -29,9 +32,9 @@ from evovit.backbones import adapt
 from evovit.errors import EvoViTError
 from evovit.ops.select import take, with_prefix
 
-HOSTS = (VisionTransformer, Eva)
+HOSTS = (VisionTransformer, Eva, Beit, VisionTransformerRelPos)
 RELEASE = tuple(int(number) for number in timm.__version__.split(".")[:3])
-FEWEST_EXACT = 240  # timm 1.0.31 has 268, 1.0.26 has 248
+FEWEST_EXACT = 260  # timm 1.0.31 has 289
 REFUSED = {  # differential attention: two softmaxes, subtracted
     "vit_dlittle_patch16_reg1_gap_256": "DiffAttention",
     "vit_dwee_patch16_reg1_gap_256": "DiffAttention",
@@ -111,7 +114,8 @@ def assert_exact(host: nn.Module, images: Tensor) -> None:
 
 def pools_otherwise(host: Any) -> bool:
     """Tell whether the head pools in a way that no mask reaches: refined patches, or not at all."""
-    return type(host.attn_pool).__name__ == "AttentionPoolPrr" or not host.global_pool
+    attn_pool = getattr(host, "attn_pool", None)
+    return type(attn_pool).__name__ == "AttentionPoolPrr" or not host.global_pool
 
 
 def assert_masked_head(host: nn.Module, images: Tensor) -> None:
@@ -188,6 +192,14 @@ def eva_gated(**options: Any) -> nn.Module:
     return host
 
 
+def beit(**options: Any) -> nn.Module:
+    return Beit(**TINY | SMALL | {"use_rel_pos_bias": True} | options)
+
+
+def relpos(**options: Any) -> nn.Module:
+    return VisionTransformerRelPos(**TINY | SMALL | options)
+
+
 OPTIONS: dict[str, Callable[[], nn.Module]] = {
     "gated": lambda: with_attention(vit(), lambda: Attention(48, 6, qkv_bias=True, gated=True)),
     "qk_norm": lambda: vit(qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True),
@@ -220,6 +232,17 @@ OPTIONS: dict[str, Callable[[], nn.Module]] = {
     "eva_max_pool": lambda: eva(global_pool="avgmax"),
     "eva_no_class_token": lambda: eva(class_token=False, global_pool="map"),
     "eva_no_pool": lambda: eva(global_pool="", num_classes=0),
+    "beit_shared_and_own": lambda: beit(use_shared_rel_pos_bias=True, init_values=0.1),
+    "beit_shared": lambda: beit(use_shared_rel_pos_bias=True, use_rel_pos_bias=False, use_abs_pos_emb=False),
+    "beit_no_bias": lambda: beit(qkv_bias=False, use_rel_pos_bias=False, global_pool="token"),
+    "beit_gated_mlp": lambda: beit(swiglu_mlp=True, scale_mlp=True),
+    "beit_separate_bias": lambda: with_attention(
+        beit(), lambda: BeitAttention(48, 6, qkv_bias=True, qkv_bias_separate=True, window_size=(4, 6))
+    ),
+    "relpos_table": lambda: relpos(rel_pos_type="bias", class_token=True, global_pool="token", qk_norm=True),
+    "relpos_table_shared": lambda: relpos(rel_pos_type="bias", shared_rel_pos=True, class_token=True),
+    "relpos_swin": lambda: relpos(rel_pos_type="mlp_swin", block_fn=ResPostRelPosBlock, init_values=0.1),
+    "relpos_no_pool": lambda: relpos(global_pool="", init_values=None),
 }
 
 
@@ -247,6 +270,12 @@ DROPS = {
     "attn_drop_rate": 0.1,
     "drop_path_rate": 0.2,
 }
+
+
+def without_positions(drops: dict[str, float]) -> dict[str, float]:
+    return {name: chance for name, chance in drops.items() if name != "pos_drop_rate"}
+
+
 TRAINED: dict[str, Callable[[], nn.Module]] = {
     "vit": lambda: vit(**DROPS),
     "post_norm": lambda: vit(block_fn=ResPostBlock, **DROPS),
@@ -254,6 +283,9 @@ TRAINED: dict[str, Callable[[], nn.Module]] = {
     "parallel_scaling": lambda: vit(block_fn=ParallelScalingBlock, **DROPS),
     "eva": lambda: eva(**DROPS),
     "eva_post_norm": lambda: eva(use_post_norm=True, **DROPS),
+    "beit": lambda: beit(use_shared_rel_pos_bias=True, **DROPS),
+    "relpos": lambda: relpos(**without_positions(DROPS)),
+    "relpos_shared": lambda: relpos(shared_rel_pos=True, **without_positions(DROPS)),
     "dinov3_moving_positions": lambda: eva(
         rope_type="dinov3", rope_shift_coords=0.3, rope_jitter_coords=1.5, rope_rescale_coords=2.0
     ),

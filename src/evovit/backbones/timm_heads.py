@@ -12,7 +12,12 @@ from torch.nn import functional as F
 
 from evovit.ops.mask import mask_bias, masked_max, masked_mean
 
-KNOWN = ("VisionTransformer", "Eva")  # whose `forward_head` is pool, fc_norm, head_drop, head
+KNOWN = (
+    "VisionTransformer",
+    "Eva",
+    "Beit",
+    "VisionTransformerRelPos",
+)  # whose `forward_head` is pool, fc_norm, head_drop, head
 
 
 def mean_of_max_and_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -40,9 +45,10 @@ def masked_logits(host: Any, features: Tensor, mask: Tensor, with_prefix: bool) 
     first = host.num_prefix_tokens
     rows = features if with_prefix else features[:, first:]
     mask = F.pad(mask, (first, 0), value=1.0) if with_prefix else mask
-    if type(host.attn_pool).__name__ == "AttentionPoolLatent":
-        pooled = host.attn_pool(rows, mask_bias(mask).to(rows.dtype))
-    elif host.attn_pool is None and host.global_pool in POOLS:
+    attn_pool: Any = getattr(host, "attn_pool", None)
+    if type(attn_pool).__name__ == "AttentionPoolLatent":
+        pooled = attn_pool(rows, mask_bias(mask).to(rows.dtype))
+    elif attn_pool is None and host.global_pool in POOLS:
         pooled = POOLS[host.global_pool](rows, mask)
     else:
         return None

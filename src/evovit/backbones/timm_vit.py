@@ -40,9 +40,10 @@ HOST_PARTS = (
 
 def timm_spec(host: Any, num_heads: int) -> BackboneSpec:
     """Return what a flat timm host offers; raises `EvoViTError` where no adapter can be exact."""
-    if getattr(host.patch_drop, "prob", 0.0) > 0:  # identity or None where patches are not dropped
+    patch_drop: Any = getattr(host, "patch_drop", None)  # identity, None, absent: patches are not dropped
+    if getattr(patch_drop, "prob", 0.0) > 0:
         raise EvoViTError(
-            f"The host drops {host.patch_drop.prob:.0%} of its patches at random in training, which breaks "
+            f"The host drops {patch_drop.prob:.0%} of its patches at random in training, which breaks "
             "the grid that methods need; create it with patch_drop_rate=0."
         )
     if getattr(host.patch_embed, "grid_size", None) is None:  # timm allows img_size=None, and any embed_layer

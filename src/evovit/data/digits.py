@@ -1,4 +1,4 @@
-"""Digit scenes: real handwritten digits somewhere on a noisy canvas, with the box of the digit known.
+"""Digit scenes: real handwritten digits somewhere on a noisy canvas, with the digit's box and mask known.
 
 The digits are scikit-learn's `load_digits` (1797 real 8 x 8 images, from UCI's "Optical Recognition of
 Handwritten Digits"), split by source image before anything is drawn. A scene holds one whole digit, the
@@ -42,6 +42,7 @@ class Scenes(NamedTuple):
     labels: Tensor  # (n,) int64
     boxes: Tensor  # (n, 4) float32, left, top, right, bottom of the digit's ink in pixels
     source: Tensor  # (n,) int64, row of the digit in scikit-learn's `load_digits`
+    masks: Tensor  # (n, size, size) bool, pixels that the digit's ink covers by half or more
 
 
 def colours(images: Tensor) -> Tensor:
@@ -95,10 +96,12 @@ def _draw(source: Digits, num: int, size: int, num_fragments: int, rng: torch.Ge
     canvas = _uniform(rng, num, 3, 1, 1, low=0.0, high=0.3).expand(-1, -1, size, size)
     for _ in range(num_fragments):
         canvas = _paint(canvas, _fragment(source, picked, corner + side[:, None] / 2, size, rng), rng)
-    canvas = _paint(canvas, _enlarge(source.ink[picked], corner, side, size), rng)
+    ink = _enlarge(source.ink[picked], corner, side, size)
+    canvas = _paint(canvas, ink, rng)
     canvas = canvas + 0.06 * torch.randn(canvas.shape, generator=rng)
     boxes = _ink_boxes(source.ink[picked], corner, side)
-    return Scenes((canvas - MEAN) / STD, source.labels[picked], boxes, source.source[picked])
+    images = (canvas - MEAN) / STD
+    return Scenes(images, source.labels[picked], boxes, source.source[picked], ink >= 0.5)
 
 
 def _fragment(source: Digits, digit: Tensor, centre: Tensor, size: int, rng: torch.Generator) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from evovit.backbones.base import BackboneSpec, Block, Stage
 from evovit.errors import EvoViTError, check_count
+from evovit.ops.restore import rows_by_place
 from evovit.options import Options
 from evovit.schedule import KeepSchedule
 from evovit.tokens import Tokens
@@ -30,6 +31,7 @@ class Method(nn.Module, ABC):
     learns_from_teacher: bool = False  # `losses` reads the teacher's features; options may turn it off
     reads_teacher_trace: bool = False  # `losses` compares with the teacher after every block
     needs_teacher: bool = False  # some parameters learn through such `losses` alone
+    merges: ClassVar[bool] = False  # a patch token that goes lives on in another; `row_of_cell` tells which
     keeps_places: bool = True  # some patch tokens left keep a place of their own on the grid
     samples_in_training: ClassVar[bool] = False  # each training forward draws anew; evaluation never does
     keep_all: ClassVar[dict[str, Any]] = {}  # options under which nothing is reduced: the host, exactly
@@ -82,6 +84,16 @@ class Method(nn.Module, ABC):
     def finish(self, tokens: Tokens) -> Tokens:
         """Bring back what waits before a head that reads patch tokens; default: unchanged."""
         return tokens
+
+    def row_of_cell(self, tokens: Tokens, grid: tuple[int, int]) -> Tensor:
+        """Return the row of the patch token that each cell is part of, (B, cells) int64, -1: of none.
+
+        Default: the token with that place.
+
+        Args:
+            grid: (rows, columns) when the stage began.
+        """
+        return rows_by_place(tokens.index, grid[0] * grid[1])
 
     def extra_logits(self, tokens: Tokens) -> dict[str, Tensor]:
         """Return logits (B, classes) for the training loss by name; default: the assisted head's, if any."""

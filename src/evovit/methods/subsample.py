@@ -29,6 +29,7 @@ class Subsample(Method):
 
     keeps_grid = True
     needs_class_token = False
+    merges = True
     keep_all: ClassVar = {"stride": 1}
     example: ClassVar = {"block": 2}
 
@@ -72,6 +73,15 @@ class Subsample(Method):
         index = tokens.index.index_select(1, first)
         x = torch.cat((tokens.prefix, pooled.flatten(2).transpose(1, 2)), dim=1)
         return tokens.change(x=x, index=index, grid=shape)
+
+    def row_of_cell(self, tokens: Tokens, grid: tuple[int, int]) -> Tensor:
+        if tokens.grid == grid:
+            return super().row_of_cell(tokens, grid)
+        side, (rows, columns) = self.config.stride, tokens.grid
+        y, x = (torch.arange(length, device=tokens.x.device) // side for length in grid)
+        row: Tensor = y[:, None] * columns + x
+        row = row.where((y < rows)[:, None] & (x < columns), -1)  # ragged edges are in no window
+        return row.flatten().expand(tokens.x.shape[0], -1)
 
     def _pool_map(self, grid: Tensor, side: int) -> Tensor:
         if self.conv is not None:

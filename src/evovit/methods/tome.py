@@ -36,6 +36,7 @@ class ToMe(Method):
     """Token merging: the most similar patch tokens of each block become one."""
 
     needs_class_token = False
+    merges = True
     keep_all: ClassVar = {"r": 0}
     example: ClassVar = {"r": 3}
 
@@ -91,6 +92,9 @@ class ToMe(Method):
     def finish(self, tokens: Tokens) -> Tokens:
         """Give every grid cell its token: a head's mean of them is the size-weighted mean of ToMe."""
         return unmerge(tokens)
+
+    def row_of_cell(self, tokens: Tokens, grid: tuple[int, int]) -> Tensor:
+        return tokens.carry.source if tokens.carry else super().row_of_cell(tokens, grid)
 
     def current_config(self) -> Any:
         most = math.prod(self.spec.grid)  # of the option; a block removes half of the tokens at most

@@ -169,6 +169,10 @@ class LevitCls(nn.Module):
             made = [LevitBlock(dim, key_dim, heads, mlp_ratio, drop_path_rate) for _ in range(blocks)]
             stages.append(nn.Sequential(OrderedDict(downsample=down, blocks=nn.Sequential(*made))))
         self.stages = nn.Sequential(*stages)
+        self.feature_info = [
+            {"num_chs": dim, "reduction": self.stem.stride * 2**i, "module": f"stages.{i}"}
+            for i, dim in enumerate(embed_dim)
+        ]
         self.distilled, self.class_heads = distilled, class_heads
         self.predicting = ("head", "head_dist") if distilled else ("head",)
         self.reset_classifier(num_classes)

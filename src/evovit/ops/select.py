@@ -98,14 +98,16 @@ def take_heads(x: Tensor, rows: Tensor) -> Tensor:
     return x.gather(2, rows[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
+def take_bias(bias: Tensor, rows: Tensor) -> Tensor:
+    """Return the rows and columns `rows` (B, K) of a position bias (1 or B, H, T, T), as (B, H, K, K)."""
+    bias = take_heads(bias.expand(rows.shape[0], -1, -1, -1), rows)
+    return bias.gather(3, rows[:, None, None, :].expand(-1, bias.shape[1], rows.shape[1], -1))
+
+
 def take_qkv(qkv: QKV, rows: Tensor) -> QKV:
     """Return what attention sees of the rows `rows` (B, K) of the whole tensor alone."""
     q, k, v = (take_heads(x, rows) for x in (qkv.q, qkv.k, qkv.v))
-    bias = qkv.bias
-    if bias is not None:
-        bias = bias.expand(rows.shape[0], -1, -1, -1)
-        bias = take_heads(bias, rows)
-        bias = bias.gather(3, rows[:, None, None, :].expand(-1, bias.shape[1], rows.shape[1], -1))
+    bias = None if qkv.bias is None else take_bias(qkv.bias, rows)
     return QKV(q, k, v, qkv.scale, bias, None if qkv.extra is None else take(qkv.extra, rows))
 
 
