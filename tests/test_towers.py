@@ -231,3 +231,26 @@ def test_wrong_calls_are_one_sentence() -> None:
     siglip, *_ = make_vlm("llava_siglip")
     with pytest.raises(EvoViTError, match="needs a class token .* choose 'column_mean'"):
         evovit.reduce_tower(siglip, "evo_vit", **REDUCES)
+
+
+@pytest.mark.slow
+def test_every_model_of_images_and_text_is_supported_or_refused_in_a_sentence() -> None:
+    """Built without values, where a config alone is enough."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as CLASSES
+
+    supported, refused = set(), set()
+    for config_class, found in CLASSES.items():
+        for cls in found if isinstance(found, tuple) else (found,):
+            try:
+                with torch.device("meta"):
+                    model = cls(config_class())
+            except Exception:  # it needs values, another library or a config of its own
+                continue
+            try:
+                evovit.reduce_tower(model, "tome", r=4)
+                supported.add(cls.__name__)
+            except EvoViTError:
+                refused.add(cls.__name__)
+    named = ["LlavaNext", "LlavaOnevision", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "InternVL", "SmolVLM"]
+    assert {f"{name}ForConditionalGeneration" for name in named} <= supported
+    assert {"MllamaForConditionalGeneration", "Blip2ForConditionalGeneration"} <= refused
