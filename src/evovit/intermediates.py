@@ -19,7 +19,7 @@ RESTORES = ("auto", "hold", "unmerge", "interpolate")
 FORMATS = ("NCHW", "NLC")
 
 Indices = int | Sequence[int] | None
-Run = Callable[[Callable[[Tokens], Tokens], int | None], tuple[Tokens, list[Tokens]]]
+Run = Callable[..., tuple[Tokens, list[Tokens]]]
 
 
 class Sparse(NamedTuple):
@@ -150,7 +150,7 @@ def forward_intermediates(
     """Run a reduced model and answer as timm's `forward_intermediates`; see `ReducedViT`.
 
     Args:
-        run: runs embedding and blocks, given what sees the embedded tokens and the last block or None.
+        run: runs embedding and blocks; `prepare` sees the embedded tokens, `last` is the last block or None.
     """
     restore = check_restore(method, restore, output_fmt)
     numbers = taken(backbone.spec, indices)
