@@ -12,6 +12,7 @@ Model road: image -> tokens -> score -> select -> update -> head
   methods      one paper a file; the registry
   intermediates  features after chosen blocks, by timm's contract; missing cells restored
   model        ReducedViT, the loop; reduce_tokens, the door
+  towers       reduced vision models in their places inside larger ones
   feature_maps  a reduced model as a backbone of maps; the pyramid of ViTDet; how old each cell is
   models       named models, also in timm's registry
   macs         multiply-accumulates of one image
@@ -62,6 +63,8 @@ if TYPE_CHECKING:
     from evovit.models import create_model as create_model
     from evovit.models import list_models as list_models
     from evovit.tokens import Outputs as Outputs
+    from evovit.towers import reduce_tower as reduce_tower
+    from evovit.towers import restore_tower as restore_tower
     from evovit.train.run import train_recipe as train_recipe
     from evovit.visualize import kept_patches as kept_patches
 
@@ -85,6 +88,8 @@ _HOMES = {  # a name is imported from its module when it is first asked for
     "load_official": "checkpoints.official",
     "load_reduced": "checkpoints.reduced",
     "reduce_tokens": "model",
+    "reduce_tower": "towers",
+    "restore_tower": "towers",
     "save_reduced": "checkpoints.reduced",
     "stale_share": "feature_maps",
     "train_recipe": "train.run",

@@ -82,9 +82,12 @@ class ReducedViT(nn.Module):
 
     def logits(self, images: Tensor, backbone: Backbone) -> Tensor:
         """Return logits (B, classes); in evaluation nothing is computed that they do not depend on."""
+        return self._outputs(backbone, images, prefix_only=self.narrows(backbone)).logits
+
+    def narrows(self, backbone: Backbone) -> bool:
+        """Tell whether the last block leaves out what no head reads."""
         training = self.training or self.method.training
-        narrow = self.last_block == "prefix" and not training and not backbone.head_reads_patches
-        return self._outputs(backbone, images, prefix_only=narrow).logits
+        return self.last_block == "prefix" and not training and not backbone.head_reads_patches
 
     def _outputs(
         self,
@@ -256,7 +259,8 @@ class ReducedViT(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters without weight decay, as this module names them."""
-        return {f"model.{name}" for name in self.host.no_weight_decay()}
+        own: set[str] = getattr(self.host, "no_weight_decay", set)()  # of transformers' hosts there is none
+        return {f"model.{name}" for name in own}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's layer groups with names as this module has them."""
@@ -313,7 +317,7 @@ class ReducedViT(nn.Module):
     @property
     def num_features(self) -> int:
         """Width of the features."""
-        return self.host.num_features  # type: ignore[no-any-return]
+        return getattr(self.host, "num_features", 0) or adapt(self.model).spec.dims[-1]
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:

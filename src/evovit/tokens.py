@@ -91,6 +91,18 @@ class Outputs(NamedTuple):
     class_logits: Tensor | None = None  # (B, classes) beside them, of the class head alone
 
 
+def logits_of(answer: Any) -> Any:
+    """Return the logits of a model's answer: itself, or of an output object of transformers its logits.
+
+    An object without logits gives the first vector (B, ...) that stands for the image.
+    """
+    for name in ("logits", "image_embeds", "pooler_output", "last_hidden_state"):
+        found = getattr(answer, name, None)
+        if found is not None:
+            return found
+    return answer
+
+
 class Taught(NamedTuple):
     """What a teacher says about a batch."""
 

@@ -190,6 +190,27 @@ def test_fullgraph(name: str) -> None:
         assert worst(reduced(pixel_values=pictures()), compiled(pixel_values=pictures())) <= EXACT
 
 
+@pytest.mark.parametrize("method", ["evo_vit", "tome", "evit", "idle_vit"])
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "DeiTForImageClassificationWithTeacher"])
+def test_the_last_block_leaves_out_what_no_head_reads(name: str, method: str) -> None:
+    from evovit.methods import find_method
+
+    model = make(name)
+    reduced = reduced_by(model, method, **find_method(method).example)
+    with torch.no_grad():
+        narrow, work = reduced(pictures()), evovit.gmacs(reduced, (3, SIZE, SIZE))
+        reduced.last_block = "all"
+        whole = reduced(pictures())
+        assert worst(whole, narrow) <= EXACT
+        assert work < 0.95 * evovit.gmacs(reduced, (3, SIZE, SIZE))
+        reduced.last_block = "prefix"
+        assert (
+            reduced(pictures(), labels=torch.tensor([1, 2])).loss.isfinite()
+            if "Teacher" not in name
+            else True
+        )
+
+
 def test_bias_of_distance_follows_the_tokens() -> None:
     """A BEiT block on some tokens gives what the host's block gives when the others are masked out."""
     from evovit.backbones import adapt

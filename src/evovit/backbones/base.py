@@ -123,8 +123,10 @@ class Road(Protocol):
 
     def logits(self, images: Tensor, backbone: Backbone) -> Tensor: ...
 
+    def narrows(self, backbone: Backbone) -> bool: ...
+
     def blocks(
-        self, backbone: Backbone, images: Tensor, record: bool = False
+        self, backbone: Backbone, images: Tensor, record: bool = False, *, prefix_only: bool = False
     ) -> tuple[Tokens, list[Tokens]]: ...
 
 

@@ -83,6 +83,11 @@ class HFBlock(Block):
         k = self.placed(self.projected(x, "k"), tokens)
         return QKV(q, k, k[:, :, :0], self.scale)
 
+    def prefix_qkv(self, tokens: Tokens) -> QKV:
+        x = self.normed(tokens.x, 0)
+        k, v = self.placed(self.projected(x, "k"), tokens), self.projected(x, "v")
+        return QKV(self.projected(x[:, : tokens.num_prefix], "q"), k, v, self.scale)
+
     def qkv_of_rows(self, active: Tokens, scored: QKV, rows: Tensor) -> QKV:
         if scored.v.shape[2]:
             return super().qkv_of_rows(active, scored, rows)

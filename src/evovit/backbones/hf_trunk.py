@@ -174,8 +174,9 @@ class HFTrunk(Backbone):
             self.interpolate = bool(arguments.get("interpolate_pos_encoding"))
         asked = asked_for(arguments, self.config, "output_hidden_states")
         hidden = asked is not None and asked is not False
-        tokens, trace = road.blocks(whole, self.suited(images), record=hidden)
-        tokens = road.method.finish(tokens)
+        narrow = not hidden and road.narrows(whole)  # the head reads the prefix alone, and nobody else asks
+        tokens, trace = road.blocks(whole, self.suited(images), record=hidden, prefix_only=narrow)
+        tokens = tokens if narrow else road.method.finish(tokens)
         if tokens.mask is not None and whole.head_reads_patches:
             whole.masked_head(tokens.x, tokens.mask)  # says why not
         states = None

@@ -54,7 +54,8 @@ class HFWhole(Backbone):
         if len(found) > 1 or getattr(host, "main_input_name", "") != "pixel_values":
             raise EvoViTError(
                 f"{name} reads more than images; reduce its vision model alone, "
-                f"evovit.reduce_tokens(model.{found[0][0]}, ...)."
+                f"evovit.reduce_tokens(model.{found[0][0]}, ...), or in its place: "
+                "evovit.reduce_tower(model, ...)."
             )
         self.path, trunk, known = found[0]
         self.trunk = known(trunk)

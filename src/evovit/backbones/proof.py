@@ -36,9 +36,15 @@ class Plain:
         """Return the tokens: all are there."""
         return tokens
 
-    def blocks(self, backbone: Backbone, images: Tensor, record: bool = False) -> tuple[Tokens, list[Tokens]]:
+    def narrows(self, backbone: Backbone) -> bool:
+        """Tell that the last block computes all."""
+        return False
+
+    def blocks(
+        self, backbone: Backbone, images: Tensor, record: bool = False, *, prefix_only: bool = False
+    ) -> tuple[Tokens, list[Tokens]]:
         """Return the tokens after the last block, and after each."""
-        trace = trace_dense(backbone, images)
+        trace = trace_dense(backbone, images, with_prefix_block if prefix_only else None)
         return trace[-1], trace
 
     def logits(self, images: Tensor, backbone: Backbone) -> Tensor:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from evovit.bench.exported import EXPORTED, exported_step, why_not
 from evovit.errors import EvoViTError
 from evovit.model import ReducedViT
+from evovit.tokens import logits_of
 
 ENGINES = ("eager", "compiled", "graphs", "frozen", *EXPORTED)
 DTYPES = {
@@ -64,7 +65,7 @@ NO_GRAPHS = TimedStep("graphs", None, "CUDA graphs need a CUDA device")
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     """Return the mean cross-entropy over the model's heads."""
-    out = model.run(batch.images) if isinstance(model, ReducedViT) else model(batch.images)
+    out = model.run(batch.images) if isinstance(model, ReducedViT) else logits_of(model(batch.images))
     if isinstance(model, ReducedViT):
         heads = [out.logits, *out.extra_logits.values()]
     else:
@@ -103,7 +104,7 @@ def forward_of(model: nn.Module, train: bool) -> Callable[..., Tensor]:
     """Return what is compiled: images, labels -> logits, or the loss in training."""
 
     def forward(images: Tensor, labels: Tensor) -> Tensor:
-        return loss_of(model, Batch(images, labels)) if train else model(images)
+        return loss_of(model, Batch(images, labels)) if train else logits_of(model(images))
 
     return forward
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from evovit.errors import EvoViTError, in_one_line, shown
 from evovit.hosts import create_host
+from evovit.hosts.hf import as_timm_says
 
 ARGUMENTS = (
     "num_classes",
@@ -69,7 +70,7 @@ def build(found: Mapping[str, Any]) -> nn.Module:
         cls, config_class = (_class(found[key]) for key in ("transformers", "config_class"))
         config = config_class.from_dict(dict(found["config"]))
         config._attn_implementation = found.get("attention", "sdpa")
-        return cls(config, **found.get("options", {})).eval()  # type: ignore[no-any-return]
+        return as_timm_says(cls(config, **found.get("options", {})).eval())
     except EvoViTError:
         raise
     except Exception as error:  # a constructor given a stranger's config raises what it likes
@@ -138,12 +139,18 @@ def _differences(host: nn.Module, again: nn.Module) -> list[str]:
     return sorted(key for key in ours.keys() | theirs.keys() if ours.get(key, host) != theirs.get(key, host))
 
 
+def is_hf(module: nn.Module) -> bool:
+    """Tell whether a module is a model of transformers: it carries where it came from, and `as_timm_says`."""
+    return hasattr(module, "config_class")
+
+
 def _settings(model: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
+        told = {"num_classes", "in_chans", "name_or_path", "_use_kernels"} if is_hf(module) else set()
         found[path] = f"{type(module).__module__}.{type(module).__qualname__}"
         for name, value in vars(module).items():
-            if isinstance(value, bool | int | float | str | tuple) and name not in OF_THE_MOMENT:
+            if isinstance(value, bool | int | float | str | tuple) and name not in OF_THE_MOMENT | told:
                 found[f"{path}.{name}"] = repr(value)
     shapes = [*model.named_parameters(), *model.named_buffers()]
     return found | {name: tuple(tensor.shape) for name, tensor in shapes}

@@ -12,6 +12,7 @@ from evovit.backbones.base import evaluating
 from evovit.data.images import Images
 from evovit.recipe.tables import Recipe
 from evovit.runtime.world import World
+from evovit.tokens import logits_of
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,7 +44,7 @@ def evaluate(
     with evaluating(model):
         for batch, labels in images.test(world):
             with autocast(recipe, world.device):
-                logits = model(batch.to(world.device))
+                logits = logits_of(model(batch.to(world.device)))
             labels = labels if places is None else places[labels]
             top = logits.float().topk(min(5, logits.shape[1]), dim=1).indices.cpu() == labels[:, None]
             first, best, seen = first + int(top[:, 0].sum()), best + int(top.sum()), seen + labels.shape[0]

@@ -16,7 +16,7 @@ from evovit.backbones.base import trace_dense
 from evovit.errors import EvoViTError
 from evovit.model import ReducedViT, backbone_of
 from evovit.recipe.tables import ObjectiveTable
-from evovit.tokens import Outputs, Taught, Tokens
+from evovit.tokens import Outputs, Taught, Tokens, logits_of
 from evovit.train.token_labels import run_with_token_labels, with_token_labels
 
 
@@ -70,7 +70,7 @@ class Objective(nn.Module):
             outputs, targets, labelled = run_with_token_labels(self.model, self.goal, images, targets)
         elif isinstance(self.model, ReducedViT):
             outputs = self.model.run(images)
-        logits = self.model(images) if outputs is None else outputs.logits
+        logits = logits_of(self.model(images)) if outputs is None else outputs.logits
         others = {} if outputs is None else outputs.extra_logits
         if isinstance(logits, tuple):  # of timm's distilled models
             logits, others = logits[0], {"distilled": logits[1]}
@@ -114,7 +114,7 @@ class Objective(nn.Module):
         assert self.teacher is not None
         images = images * self.scale + self.shift
         if not self.reads_features:
-            return Taught(self.teacher(images), None)
+            return Taught(logits_of(self.teacher(images)), None)
         trace: list[Tokens] = []
         backbone = backbone_of(self.teacher)
         if isinstance(self.model, ReducedViT) and self.model.method.reads_teacher_trace:

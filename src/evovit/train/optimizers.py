@@ -13,6 +13,8 @@ from evovit.errors import EvoViTError
 from evovit.model import ReducedViT
 from evovit.recipe.tables import OptimizerTable, Recipe
 
+BLOCKS = ("blocks.", "layers.", "layer.")  # in the names of blocks' parameters: timm's, transformers'
+
 
 def build_optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
     """Return AdamW, before it Muon for the blocks' matrices if asked for; `set_rates` sets their rates."""
@@ -26,7 +28,9 @@ def build_optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optim
         raise EvoViTError("optimizer.freeze_host_epochs needs a method to train meanwhile; there is none.")
     optimizers: list[torch.optim.Optimizer] = []
     if table.name == "muon":
-        matrices = {name: p for name, p in named.items() if "blocks." in name and p.ndim == 2}
+        matrices = {
+            name: p for name, p in named.items() if p.ndim == 2 and any(word in name for word in BLOCKS)
+        }
         named = {name: p for name, p in named.items() if name not in matrices}
         groups = _groups(table, matrices, set(), rate.muon * recipe.scale)
         optimizers.append(torch.optim.Muon(groups, lr=0.0))

@@ -13,6 +13,7 @@ from torch import nn
 
 from evovit import models  # registers the named models in timm
 from evovit.errors import EvoViTError, in_one_line, nearest, shown
+from evovit.hosts.hf import create_hf, is_hf
 from evovit.models.named import checked_arguments, refusal
 
 __all__ = ["check_name", "create_host", "models"]
@@ -25,7 +26,10 @@ TIMMS_OWN = (  # arguments of timm's create_model and of its registry
 
 
 def check_name(name: str, what: str = "model") -> str:
-    """Return a name that timm knows, or one of a hub, with a colon; raises `EvoViTError` for any other."""
+    """Return a name that timm knows, or one with a colon: `hf:` for transformers, or a hub of timm's.
+
+    Raises `EvoViTError` for any other.
+    """
     if ":" not in name and not timm.is_model(name.split(".")[0]):
         raise EvoViTError(
             f"{what} is {shown(name)}, which timm does not know.{nearest(name, timm.list_models())}"
@@ -55,10 +59,10 @@ def create_host(
     what: str = "model",
     seed: int | None = None,
 ) -> nn.Module:
-    """Create a timm model on the current default device.
+    """Create a model of timm, or with `hf:` of transformers, on the current default device.
 
     Args:
-        options: further arguments of `timm.create_model`.
+        options: further arguments of `timm.create_model`, or fields of transformers' config.
         what: what the name is, for sentences, such as `model.name`.
         seed: for a model that draws its own weights from a seed.
 
@@ -67,6 +71,8 @@ def create_host(
     """
     check_name(name, what)
     options = checked_options(options, f"{what.removesuffix('.name')}.options")
+    if is_hf(name):
+        return create_hf(name, options, pretrained, what)
     if seed is not None and ":" not in name:
         entry = timm.model_entrypoint(name)
         options |= {"seed": seed} if "seed" in inspect.signature(entry).parameters else {}
