@@ -1,12 +1,12 @@
 .PHONY: format check test test-all
 
 format:
-	python -m ruff format src tests benchmarks
-	python -m ruff check --fix src tests benchmarks
+	python -m ruff format src tests benchmarks examples
+	python -m ruff check --fix src tests benchmarks examples
 
 check:
-	python -m ruff format --check src tests benchmarks
-	python -m ruff check src tests benchmarks
+	python -m ruff format --check src tests benchmarks examples
+	python -m ruff check src tests benchmarks examples
 	python -m mypy
 
 test:
