@@ -24,6 +24,7 @@ Run road: recipe -> numbers
   hosts        a host by its name, or one sentence
   data         images and labels: digit scenes, folders, shards
   checkpoints  save_reduced and load_reduced; the authors' checkpoints
+  engines      a model written for ONNX Runtime, OpenVINO or PyTorch's own, proven against eager
   bench        how fast: dense and reduced timed in turn
   train        the training of one recipe: build, objective, loop, checkpoints, records
   study        several recipes trained, tested and timed side by side
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from evovit.checkpoints.reduced import load_reduced as load_reduced
     from evovit.checkpoints.reduced import save_reduced as save_reduced
     from evovit.data.digits import digit_scenes as digit_scenes
+    from evovit.engines.exporting import export as export
     from evovit.errors import EvoViTError as EvoViTError
     from evovit.feature_maps import FeatureNet as FeatureNet
     from evovit.feature_maps import SimplePyramid as SimplePyramid
@@ -72,6 +74,7 @@ _HOMES = {  # a name is imported from its module when it is first asked for
     "check_adapter": "backbones",
     "create_model": "models",
     "digit_scenes": "data.digits",
+    "export": "engines.exporting",
     "features": "feature_maps",
     "fuse_batch_norm": "fuse",
     "gmacs": "macs",

@@ -161,7 +161,7 @@ def forward_intermediates(
         noted.append(tokens)
         return tokens
 
-    tokens, trace = run(note, numbers[-1] if stop_early else None)
+    tokens, trace = run(prepare=note, last=numbers[-1] if stop_early else None)
     if restore is None:
         ends = [trace[number] for number in numbers]
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from evovit.backbones import Backbone, adapt, check_adapter, read_host
 from evovit.backbones.base import Stage, is_hooked
-from evovit.errors import EvoViTError, check_count, shown
+from evovit.backbones.prefix import with_prefix_block
+from evovit.errors import EvoViTError, check_choice, check_count, shown
 from evovit.intermediates import feature_info, forward_intermediates, prune, refuse_masks
 from evovit.methods import build_config, find_method, find_method_of
 from evovit.methods.base import Method
@@ -21,35 +22,80 @@ from evovit.options import MOST
 from evovit.tokens import Outputs, Tokens
 
 Prepare = Callable[[Tokens], Tokens]
+LastBlock = Literal["prefix", "all"]
 
 
 class ReducedViT(nn.Module):
     """A host whose blocks are run by a method.
 
     The host is `.model`, untouched: its state-dict keys, checkpoints and own forward stay as they are.
+
+    Args:
+        last_block: "prefix" leaves out what cannot reach the logits: called in evaluation, where the head
+            reads prefix tokens alone, the last block computes their rows only. Same logits up to rounding.
+            Training, `run`, features and heads that read patch tokens are as with "all".
     """
 
     model: nn.Module
     method: Method
+    base_model_prefix = "model"  # what transformers calls the attribute of the model inside
 
-    def __init__(self, model: nn.Module, method: Method) -> None:
+    def __init__(self, model: nn.Module, method: Method, last_block: LastBlock = "prefix") -> None:
         super().__init__()
-        self.model, self.method = model, method
+        self.model, self.method, self.last_block = model, method, last_block
         self.training = model.training  # each module of the host keeps its own mode
         method.train(model.training)
-        self.grad_checkpointing = bool(getattr(model, "grad_checkpointing", False))
+        asked = (getattr(part, "gradient_checkpointing", False) for part in model.modules())  # transformers
+        self.grad_checkpointing = bool(getattr(model, "grad_checkpointing", False)) or any(asked)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits (B, classes) for images (B, channels, height, width)."""
-        return self.run(images).logits
+    def forward(
+        self,
+        images: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """Return what the host returns for images (B, channels, height, width); timm: logits (B, classes).
 
-    def run(self, images: Tensor, record: bool = False, prepare: Prepare | None = None) -> Outputs:
+        Args:
+            pixel_values: another name of images, that of transformers.
+            labels, arguments: of the host's own forward, if it has them.
+        """
+        if labels is not None:
+            arguments["labels"] = labels
+        given: Any = pixel_values if images is None else images
+        return adapt(self.model).answer(self, given, **arguments)
+
+    def run(
+        self,
+        images: Tensor,
+        record: bool = False,
+        prepare: Prepare | None = None,
+        backbone: Backbone | None = None,
+    ) -> Outputs:
         """Return logits and tokens; with `record` also the tokens after each block.
 
-        `prepare` changes the embedded tokens before the method sees them.
+        `prepare` changes the embedded tokens before the method sees them. `backbone` is the view of the host,
+        where it is at hand.
         """
-        backbone = adapt(self.model)
-        tokens, trace = self.blocks(backbone, images, record, prepare)
+        return self._outputs(backbone or adapt(self.model), images, record, prepare)
+
+    def logits(self, images: Tensor, backbone: Backbone) -> Tensor:
+        """Return logits (B, classes); in evaluation nothing is computed that they do not depend on."""
+        training = self.training or self.method.training
+        narrow = self.last_block == "prefix" and not training and not backbone.head_reads_patches
+        return self._outputs(backbone, images, prefix_only=narrow).logits
+
+    def _outputs(
+        self,
+        backbone: Backbone,
+        images: Tensor,
+        record: bool = False,
+        prepare: Prepare | None = None,
+        prefix_only: bool = False,
+    ) -> Outputs:
+        """Run the model; `prefix_only` leaves patch tokens out of the last block, as no head reads them."""
+        tokens, trace = self.blocks(backbone, images, record, prepare, prefix_only)
         whole = self.method.finish(tokens) if backbone.head_reads_patches else tokens
         features = backbone.norm(whole.x)
         mask = whole.mask
@@ -66,6 +112,7 @@ class ReducedViT(nn.Module):
         images: Tensor,
         record: bool = False,
         prepare: Prepare | None = None,
+        prefix_only: bool = False,
         last: int | None = None,
     ) -> tuple[Tokens, list[Tokens]]:
         """Run embedding and all blocks, or those up to number `last`: the road from image to tokens."""
@@ -74,6 +121,7 @@ class ReducedViT(nn.Module):
             backbone.expect_images(images)
         tokens, trace = backbone.embed(images), []
         tokens, stages = tokens if prepare is None else prepare(tokens), backbone.stages()
+        stages = with_prefix_block(stages) if prefix_only else stages
         tokens = self.method.begin(tokens, stages)
         for stage in stages if last is None else first_blocks(stages, last):
             tokens = self.method.enter_stage(stage, tokens)
@@ -123,6 +171,16 @@ class ReducedViT(nn.Module):
                 raise EvoViTError(f"{what} cells of the {rows} x {columns} grid without a token; {instead}")
             patches = take(patches, order)
         return patches.transpose(1, 2).reshape(*patches.shape[::2], rows, columns)
+
+    @property
+    def last_block(self) -> LastBlock:
+        """How much the last block computes; may be set at any time."""
+        return self._last_block
+
+    @last_block.setter
+    def last_block(self, value: LastBlock) -> None:
+        check_choice("last_block", value, get_args(LastBlock))
+        self._last_block = value
 
     def forward_intermediates(
         self,
@@ -219,10 +277,38 @@ class ReducedViT(nn.Module):
         """The host, for attributes `nn.Module` does not declare."""
         return self.model
 
+    # what pipelines and trainers of transformers ask a model for
+
+    @property
+    def config(self) -> Any:
+        """The host's config; of timm's hosts there is none."""
+        return self.host.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the host's weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the host's first floating-point weight."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    def activation_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+        """Recompute each block in the backward pass; transformers' name of `set_grad_checkpointing`."""
+        self.set_grad_checkpointing()
+
+    def activation_checkpointing_disable(self) -> None:
+        """Store the activations of each block."""
+        self.set_grad_checkpointing(False)
+
+    gradient_checkpointing_enable = activation_checkpointing_enable  # older names
+    gradient_checkpointing_disable = activation_checkpointing_disable
+
     @property
     def num_classes(self) -> int:
         """Classes of the host's head."""
-        return self.host.num_classes  # type: ignore[no-any-return]
+        return adapt(self.model).spec.num_classes
 
     @property
     def num_features(self) -> int:
@@ -264,7 +350,12 @@ def refuse_hooks(backbone: Backbone, model: nn.Module) -> None:
 
 
 def reduce_tokens(
-    model: nn.Module, method: str | Method.Config = "evo_vit", *, verify: bool = True, **options: Any
+    model: nn.Module,
+    method: str | Method.Config = "evo_vit",
+    *,
+    verify: bool = True,
+    last_block: LastBlock = "prefix",
+    **options: Any,
 ) -> ReducedViT:
     """Wrap a pretrained or fresh host so that a method runs its blocks.
 
@@ -272,6 +363,8 @@ def reduce_tokens(
         model: a supported host (see `evovit.list_hosts`); it is used as it is, not copied.
         method: a name from `list_methods`, with `options`, or a method's `Config`.
         verify: prove first that the views reproduce this host exactly (two forwards of two random images).
+        last_block: "prefix" computes no patch tokens in the last block where no head reads them, see
+            `ReducedViT`; "all" computes them.
 
     Raises:
         EvoViTError: unsupported host, unknown method or option, a value out of range, a hook that would never
@@ -296,4 +389,4 @@ def reduce_tokens(
     if verify is not False:
         check_adapter(model)
     like = next(p for p in model.parameters() if p.is_floating_point())
-    return ReducedViT(model, cls(config, backbone.spec).to(like.device, like.dtype))
+    return ReducedViT(model, cls(config, backbone.spec).to(like.device, like.dtype), last_block)

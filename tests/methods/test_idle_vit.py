@@ -288,7 +288,8 @@ def test_counts_and_macs_equal_the_table(ratio: float) -> None:
     for size, start, expected in rows:
         with torch.device("meta"):
             host = timm.create_model(f"deit_{size}_patch16_224")
-        model = evovit.reduce_tokens(host.eval(), "idle_vit", keep_ratio=ratio, start_block=start)
+        options = {"keep_ratio": ratio, "start_block": start}
+        model = evovit.reduce_tokens(host.eval(), "idle_vit", last_block="all", **options)
         trace = model.run(torch.empty(1, 3, 224, 224, device="meta"), record=True).trace
         counts = [tokens.num_patches for tokens in trace]
         assert counts == [196] * start + [COUNTS[ratio][n // 3] for n in range(12 - start)]

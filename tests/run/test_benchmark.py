@@ -19,9 +19,10 @@ from evovit import EvoViTError, cli
 from evovit.bench import step as step_module
 from evovit.bench.profile import PARTS, Profile, part_of
 from evovit.bench.row import Measured, Row, append_rows, busy_notes, compare, rows_of
-from evovit.bench.setting import Setting, Variant, parse_variants
+from evovit.bench.setting import Setting, Variant, build_host, build_models, parse_variants, usable
 from evovit.bench.step import TimedStep
 from evovit.bench.timing import Extras, largest_batch, measure
+from evovit.macs import gmacs
 from evovit.methods import DENSE, list_methods
 from evovit.model import ReducedViT
 from evovit.report.bench import write_report
@@ -365,6 +366,8 @@ def test_the_command_prints_rows_parts_and_a_trace(
         (f"{MODEL} --options keep_ratio", "name=value"),
         (f"{MODEL} --method all --options keep_rato=0.5", "Did you mean 'keep_ratio'"),
         (f"{MODEL} --method dense:keep_ratio=0.5", "no option 'keep_ratio'"),
+        (f"{MODEL} --method evo_vit:last_block=patches", "last_block is 'patches'; allowed is"),
+        (f"{MODEL} --method dense:last_block=prefixes", "Did you mean 'prefix'"),
         (f"{MODEL} --options keep_ratio=0.5 --keep-ratio 0.3", "given twice"),
         (f"{MODEL} --size 100", "multiple of the patch"),
         (f"{MODEL} --rounds 0", "rounds is 0"),
@@ -401,6 +404,50 @@ def test_methods_take_options_of_their_own() -> None:
     assert found == [Variant("evo_vit", {"keep_ratio": 0.7, "mode": "layer", "fast_update": False})]
     every = parse_variants(["all"], [], [0.5])
     assert {v.method for v in every} >= {"evo_vit"} and EVO in every
+
+
+def test_dense_without_what_nobody_reads_is_a_row_beside_the_host(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "dense",
+        "dense:last_block=prefix",
+        "evo_vit:start_block=2",
+        "evo_vit:start_block=2,last_block=all",
+    ]
+    rows = rows_of_command(tmp_path, "--method", *words)
+    assert [(row["method"], row["options"].get("last_block")) for row in rows] == [
+        *((DENSE, None), (DENSE, "prefix")),
+        *(("evo_vit", None), ("evo_vit", "all")),
+    ]
+    host, dense, evo, whole = (row["gmacs"] for row in rows)
+    assert host > dense > evo and whole > evo
+    assert rows[0]["verdict"] == "" and rows[0]["noise"] is None  # the one that all are compared with
+    assert rows[1]["verdict"] and rows[1]["mac_ratio"] == pytest.approx(host / dense)
+    assert "dense last_block=prefix [eager]" in capsys.readouterr().out
+    assert "dense last_block=prefix" in (tmp_path / "report.html").read_text()
+
+
+def test_every_method_has_dense_beside_it_where_the_head_leaves_something_out() -> None:
+    free = Variant(DENSE, {"last_block": "prefix"})
+    every = parse_variants(["all"], [])
+    assert every[0] == free and every.count(free) == 1
+    assert all(v.options == {"last_block": "all"} for v in parse_variants(["all"], ["last_block=all"]))
+    assert usable(setting(model="vit_small_patch16_224"), [free]) == ([free], [])
+    for model, train, why in (
+        ("vit_base_patch16_siglip_224", False, "the head reads patch tokens"),
+        ("vit_small_patch16_224", True, "training computes all rows"),
+    ):
+        chosen, left_out = usable(setting(model=model, train=train), [free])
+        assert not chosen and left_out == [f"dense last_block=prefix is left out: {why}."]
+
+
+def test_a_training_step_counts_every_row() -> None:
+    host = build_host(setting(train=True))
+    for train in (False, True):
+        dense, free, evo = build_models(host, [Variant(DENSE, {"last_block": "prefix"}), EVO], train)
+        assert (gmacs(free, (3, 160, 160)) == gmacs(dense, (3, 160, 160))) == train
+        assert isinstance(evo, ReducedViT) and evo.last_block == ("all" if train else "prefix")
 
 
 def test_the_largest_batch_is_asked_of_gpus_only() -> None:

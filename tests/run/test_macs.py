@@ -33,7 +33,9 @@ def test_macs_equal_the_published_table(
 def test_the_representative_token_costs_one_row_and_its_weighted_sum() -> None:
     with torch.device("meta"):
         host = timm.create_model("deit_small_patch16_224")
-    paper, released = (evovit.reduce_tokens(host, "evo_vit", fast_update=fast) for fast in (True, False))
+    paper, released = (
+        evovit.reduce_tokens(host, "evo_vit", fast_update=fast, last_block="all") for fast in (True, False)
+    )
     per_row = 12 * 384**2 + 2 * 384 * (100 + 99)
     extra = (gmacs(paper, (3, 224, 224)) - gmacs(released, (3, 224, 224))) * 1e9
     assert extra == pytest.approx(8 * per_row + 2 * 196 * 384, rel=1e-6)  # once a stage: eq. 5
@@ -59,7 +61,7 @@ def test_a_methods_own_layers_count_where_they_run() -> None:
     with torch.device("meta"):
         host = timm.create_model("deit_tiny_patch16_224", depth=4).eval()
         dense = gmacs(host, (3, 224, 224))
-        model = evovit.reduce_tokens(host, "dynamic_vit", blocks=(2,), keep_ratio=0.5)
+        model = evovit.reduce_tokens(host, "dynamic_vit", blocks=(2,), keep_ratio=0.5, last_block="all")
     blocks = sum(12 * rows * 192**2 + 2 * rows**2 * 192 for rows in (197, 197, 99, 99))
     predictor = 196 * (192 * 192 + 192 * 96 + 96 * 48 + 48 * 2)
     whole = 4 * (12 * 197 * 192**2 + 2 * 197**2 * 192)
@@ -70,7 +72,7 @@ def test_queries_and_values_of_idle_rows_are_not_projected() -> None:
     with torch.device("meta"):
         host = timm.create_model("deit_tiny_patch16_224", depth=4).eval()
         dense = gmacs(host, (3, 224, 224))
-        model = evovit.reduce_tokens(host, "idle_vit", start_block=3, keep_ratio=0.5)
+        model = evovit.reduce_tokens(host, "idle_vit", start_block=3, keep_ratio=0.5, last_block="all")
     rows, width = 99, 192
     idle = (1 + 197) * width**2 + 11 * rows * width**2 + 2 * rows**2 * width  # class query and all keys first
     whole = 12 * 197 * width**2 + 2 * 197**2 * width

@@ -148,11 +148,13 @@ ON_GPU = {  # Triton kernels, a tenth above the count, and library calls; `test_
 )
 def test_a_gpu_would_run_few_extra_kernels_and_none_where_nothing_is_reduced() -> None:
     script = Path(__file__).parents[2] / "benchmarks" / "gpu_kernels.py"
-    words = ["evo_vit:keep_ratio=1.0", *ON_GPU, "--model=test_vit", "--batch=8"]
+    whole = [f"{words},last_block=all" for words in ("evo_vit:keep_ratio=1.0", *ON_GPU)]
+    words = [*whole, "dense:last_block=prefix", "--model=test_vit", "--batch=8"]
     done = subprocess.run([sys.executable, script, *words], check=True, capture_output=True, text=True)
     counts = [(int(a), int(b)) for a, b in re.findall(r": (\d+) Triton \+ (\d+),", done.stdout)]
-    dense, nothing, *others = counts
+    dense, nothing, *others, prefix = counts
     assert dense == nothing and min(dense) >= 18
+    assert prefix[0] <= dense[0] + 1 and prefix[1] <= dense[1] + 1  # queries have a product of their own
     for (triton, library), bounds in zip(others, ON_GPU.values(), strict=True):
         assert triton <= bounds[0] and library <= bounds[1]
 
@@ -163,6 +165,13 @@ def test_multiply_accumulates_stay_what_they_are() -> None:
         "stage": gmacs(reduced("stage"), IMAGE),
         "stage, fast": gmacs(reduced("stage", True), IMAGE),
         "layer": gmacs(reduced("layer"), IMAGE),
+        "dense, prefix": gmacs(reduce_tokens(host(), "dense"), IMAGE),
     }
-    recorded = {"dense": 4670016, "stage": 2888256, "stage, fast": 2942080, "layer": 2888256}
+    whole = reduced("stage")
+    whole.last_block = "all"
+    counts["stage, all"] = gmacs(whole, IMAGE)
+    recorded = {
+        **{"dense": 4670016, "dense, prefix": 3748416},
+        **{"stage": 2492992, "stage, fast": 2532352, "layer": 2492992, "stage, all": 2888256},
+    }
     assert {name: round(count * 1e9) for name, count in counts.items()} == recorded

@@ -28,6 +28,7 @@ __all__ = [
     "Stage",
     "adapt",
     "adapter",
+    "adapter_of",
     "check_adapter",
     "check_tolerance",
     "list_hosts",
@@ -56,14 +57,24 @@ def list_hosts() -> list[str]:
     return sorted(_ADAPTERS)
 
 
-def _find(host: type) -> type[Backbone]:
+def adapter_of(host: type) -> type[Backbone] | None:
+    """Return the adapter of a host's class, or of the nearest of its bases that has one."""
     for cls in host.__mro__:
         found = _ADAPTERS.get(f"{cls.__module__}.{cls.__qualname__}")
         if found is not None:
             return found
+    return None
+
+
+def _find(host: type) -> type[Backbone]:
+    found = adapter_of(host)
+    if found is not None:
+        return found
+    others = [name for name in list_hosts() if not name.startswith(("transformers.", "peft."))]
     raise EvoViTError(
         f"{host.__module__}.{host.__qualname__} is not a supported host; pass a model of class "
-        f"{' or '.join(list_hosts())}, or write an adapter (docs/adding_a_backbone.md)."
+        f"{' or '.join(others)}, one of transformers (docs/transformers.md), or write an adapter "
+        "(docs/adding_a_backbone.md)."
     )
 
 

@@ -6,15 +6,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evovit.errors import EvoViTError, shown
-from evovit.ops.select import take_qkv
+from evovit.ops.select import prefix_queries, take_qkv
 from evovit.tokens import QKV, Tokens
+
+RECORDER = "transformers.utils.output_capturing"  # its hooks note hidden states for those who ask the host
 
 Mix = Callable[[QKV, Tensor | None], Tensor]  # q, k, v and all additive bias to mixed values, (B, H, Q, D)
 
@@ -60,9 +62,16 @@ class Block(ABC):
         """
         return take_qkv(scored, rows)
 
-    @final
+    def prefix_qkv(self, tokens: Tokens) -> QKV:
+        """Return queries (and `extra`) of the prefix, keys and values of all; default: rows of `qkv`."""
+        return prefix_queries(self.qkv(tokens), tokens.num_prefix)
+
     def attend(self, tokens: Tokens, bias: Tensor | None = None) -> tuple[Tokens, QKV]:
-        """Run qkv, then attention."""
+        """Run qkv, then attention.
+
+        In the last block both may hold less: where the head reads prefix tokens alone, `prefix.PrefixBlock`
+        leaves no patch tokens after attention, and the queries it returns are the prefix tokens' own.
+        """
         qkv = self.qkv(tokens)
         return self.attention(tokens, qkv, bias), qkv
 
@@ -77,6 +86,9 @@ class Stage(NamedTuple):
 
     enter: Callable[[Tokens], Tokens] | None
     blocks: Sequence[Block]
+
+
+Change = Callable[[Sequence[Stage]], Sequence[Stage]]
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,25 @@ class BackboneSpec:
     def depth(self) -> int:
         """Number of blocks of all stages."""
         return sum(self.depths)
+
+
+class Finish(Protocol):
+    """What an answer asks of a method."""
+
+    def finish(self, tokens: Tokens) -> Tokens: ...
+
+
+class Road(Protocol):
+    """The road from image to tokens that `Backbone.answer` walks: a `ReducedViT`, or the plain blocks."""
+
+    @property
+    def method(self) -> Finish: ...
+
+    def logits(self, images: Tensor, backbone: Backbone) -> Tensor: ...
+
+    def blocks(
+        self, backbone: Backbone, images: Tensor, record: bool = False
+    ) -> tuple[Tokens, list[Tokens]]: ...
 
 
 class Backbone(ABC):
@@ -153,6 +184,26 @@ class Backbone(ABC):
         """
         return {}
 
+    def answer(self, road: Road, images: Tensor, **arguments: Any) -> Any:
+        """Return what the host's own call returns, its blocks run by `road`; default: logits (B, classes).
+
+        Args:
+            arguments: of the host's forward; raises `EvoViTError` for one that cannot be honoured.
+        """
+        if arguments:
+            raise EvoViTError(
+                f"{', '.join(arguments)}: {type(self).__name__} hosts take images alone, and return logits."
+            )
+        return road.logits(images, self)
+
+    def host_answer(self, images: Tensor) -> Any:
+        """Return the host's own answer, which `answer` is compared with."""
+        return next(self.bypassed())(images)
+
+    def values(self, answer: Any) -> list[Any]:
+        """Return the tensors of an answer, for comparisons; default: it is one."""
+        return [answer]
+
     @abstractmethod
     def host_features(self, images: Tensor) -> Tensor:
         """Return the normed features (B, P + N, C) of the host's own forward: the truth to compare with."""
@@ -161,7 +212,7 @@ class Backbone(ABC):
     def bypassed(self) -> Iterator[nn.Module]:
         """Return the modules whose forward is never called, as the views call what is inside them.
 
-        The host is one, its blocks and their attentions are.
+        The host comes first; its blocks and their attentions are among them.
         """
 
     @final
@@ -213,9 +264,11 @@ def mixed_values(qkv: QKV, bias: Tensor | None, mix: Mix | None, dropout: float)
     """Return the values mixed by attention, (B, H, Q, D): fused softmax attention, or what `mix` gives.
 
     Args:
-        bias: of the method; the host's own (`QKV.bias`) is added to it.
+        bias: of the method, of any floating type; the host's own (`QKV.bias`) is added to it.
         dropout: of the host's attention weights, at this moment.
     """
+    if bias is not None and bias.is_floating_point():
+        bias = bias.to(qkv.q.dtype)
     if qkv.bias is not None:
         bias = qkv.bias if bias is None else qkv.bias + bias
     if mix is None:
@@ -238,7 +291,8 @@ def expect_module(model: object, what: str) -> None:
 
 def is_hooked(module: nn.Module) -> bool:
     """Tell whether a call of the module does more than its class says: hooks, or a forward of its own."""
-    before, after = module._forward_pre_hooks, module._forward_hooks
+    before = module._forward_pre_hooks
+    after = [hook for hook in module._forward_hooks.values() if getattr(hook, "__module__", "") != RECORDER]
     backward = module._backward_pre_hooks or module._backward_hooks
     return bool(before or after or backward or "forward" in module.__dict__)
 
@@ -319,19 +373,25 @@ def raster_tokens(x: Tensor, num_prefix: int, grid: tuple[int, int]) -> Tokens:
 
 @torch.no_grad()
 def last_qkv(stages: Sequence[Stage], tokens: Tokens) -> QKV:
-    """Run embedded tokens through all blocks, nothing reduced, and return what the last attention saw."""
+    """Run embedded tokens to the last block, nothing reduced, and return what its attention would see."""
+    last = stages[-1].blocks[-1]
     for stage in stages:
         tokens = stage.enter(tokens) if stage.enter else tokens
         for block in stage.blocks:
-            tokens, qkv = block.attend(tokens)
-            tokens = block.ffn(tokens)
-    return qkv
+            if block.number < last.number:
+                tokens = block(tokens)
+    return last.qkv(tokens)
 
 
-def trace_dense(backbone: Backbone, images: Tensor) -> list[Tokens]:
-    """Return the tokens after each block of the host, through its views, nothing reduced."""
+def trace_dense(backbone: Backbone, images: Tensor, change: Change | None = None) -> list[Tokens]:
+    """Return the tokens after each block of the host, through its views, nothing reduced.
+
+    Args:
+        change: gives the views to run instead of the host's own.
+    """
     tokens, trace = backbone.embed(images), []
-    for stage in backbone.stages():
+    stages = backbone.stages()
+    for stage in stages if change is None else change(stages):
         tokens = stage.enter(tokens) if stage.enter else tokens
         for block in stage.blocks:
             tokens = block(tokens)
@@ -339,6 +399,6 @@ def trace_dense(backbone: Backbone, images: Tensor) -> list[Tokens]:
     return trace
 
 
-def run_dense(backbone: Backbone, images: Tensor) -> Tensor:
-    """Return the normed features (B, P + N, C) of the host through its views, nothing reduced."""
-    return backbone.norm(trace_dense(backbone, images)[-1].x)
+def run_dense(backbone: Backbone, images: Tensor, change: Change | None = None) -> Tensor:
+    """Return the normed features (B, P + N, C) of the host through its views; `change` as `trace_dense`."""
+    return backbone.norm(trace_dense(backbone, images, change)[-1].x)

@@ -9,18 +9,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from evovit.backbones.base import Backbone, evaluating, run_dense
+from evovit.backbones.base import Backbone, evaluating, run_dense, trace_dense
+from evovit.backbones.prefix import with_prefix_block
 from evovit.errors import EvoViTError
+from evovit.tokens import Tokens
 
 GAINS = (3.0, 1.0)  # deviation that a matrix gives of inputs with deviation 1; the first that works
 LARGE_TOLERANCE = 1e-3  # with enlarged weights rounding grows too, block by block
 
 Adapt = Callable[[nn.Module], Backbone]
+
+
+class Plain:
+    """The road through the host's own blocks, nothing reduced."""
+
+    def __init__(self) -> None:
+        self.method = self
+
+    def finish(self, tokens: Tokens) -> Tokens:
+        """Return the tokens: all are there."""
+        return tokens
+
+    def blocks(self, backbone: Backbone, images: Tensor, record: bool = False) -> tuple[Tokens, list[Tokens]]:
+        """Return the tokens after the last block, and after each."""
+        trace = trace_dense(backbone, images)
+        return trace[-1], trace
+
+    def logits(self, images: Tensor, backbone: Backbone) -> Tensor:
+        """Return logits (B, classes)."""
+        return backbone.head(backbone.norm(self.blocks(backbone, images)[0].x))
 
 
 class Both(nn.Module):
@@ -31,12 +54,27 @@ class Both(nn.Module):
         self.model, self.adapt = model, adapt
 
     def forward(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return pairs of what the host and its views give: features, in evaluation also logits."""
+        """Return pairs of what the host and its views give: features, in evaluation also logits.
+
+        A head that is said to read prefix tokens alone is given nothing else, as `PrefixBlock` leaves them.
+        """
         backbone = self.adapt(self.model)
         pairs = [(_seeded(backbone.host_features, images), _seeded(self._features, images))]
         if not self.model.training:  # in training a head may give several predictions
-            pairs.append((self.model(images), backbone.head(pairs[0][1])))
+            host, ours = (
+                backbone.values(_seeded(answer, images)) for answer in (backbone.host_answer, self._answer)
+            )
+            if len(host) != len(ours):
+                raise EvoViTError(f"The host returns {len(host)} tensors, and its views {len(ours)}.")
+            pairs += zip(host, ours, strict=True)
+            if not backbone.head_reads_patches:
+                whole = backbone.head(pairs[0][0])
+                pairs.append((whole, backbone.head(run_dense(backbone, images, with_prefix_block))))
         return pairs
+
+    def _answer(self, images: Tensor) -> Any:
+        backbone = self.adapt(self.model)
+        return backbone.answer(Plain(), images)
 
     def _features(self, images: Tensor) -> Tensor:
         return run_dense(self.adapt(self.model), images)
@@ -116,7 +154,7 @@ def training_without_dropout(model: nn.Module) -> Iterator[None]:
             module.training = id(module) in training
 
 
-def _seeded(run: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+def _seeded(run: Callable[[Tensor], Any], images: Tensor) -> Any:
     """Run with the same random numbers each time: a host may move positions at random in training."""
     devices = [images.device] if images.is_cuda else []
     with torch.random.fork_rng(devices=devices):

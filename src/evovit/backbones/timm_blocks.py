@@ -33,13 +33,23 @@ def fused_qkv(attn: Any, x: Tensor) -> QKV:
     return QKV(attn.q_norm(q), attn.k_norm(k), v, attn.scale, extra=output_gate(attn, x))
 
 
-def part_of_qkv(attn: Any, x: Tensor, part: int) -> Tensor:
-    """Project normed tokens (B, T, C) to one of q, k, v (0, 1, 2), (B, H, T, D), before q/k norm."""
+def has_rows(layer: nn.Module) -> bool:
+    """Tell whether some outputs of a linear layer are to be had by the rows of its weight."""
+    return type(layer) is nn.Linear and not is_hooked(layer)
+
+
+def part_of_qkv(attn: Any, x: Tensor, part: int, count: int = 1) -> tuple[Tensor, ...]:
+    """Project normed tokens (B, T, C) to `count` of q, k, v from 0, 1 or 2 on, before q/k norm.
+
+    Returns:
+        (B, H, T, D) each.
+    """
     size = attn.num_heads * attn.head_dim
-    rows = slice(part * size, (part + 1) * size)
+    rows = slice(part * size, (part + count) * size)
     bias = None if attn.qkv.bias is None else attn.qkv.bias[rows]
     y: Tensor = F.linear(x, attn.qkv.weight[rows], bias)
-    return y.reshape(*x.shape[:2], attn.num_heads, attn.head_dim).transpose(1, 2)
+    y = y.reshape(*x.shape[:2], count, attn.num_heads, attn.head_dim)
+    return y.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def check_attention(attn: Any, what: str) -> None:
@@ -88,18 +98,28 @@ class PreNormBlock(Block):
 
     def scoring_qkv(self, tokens: Tokens) -> QKV:
         attn, x = self.block.attn, self.before(tokens.x)
-        if type(attn.qkv) is not nn.Linear or is_hooked(attn.qkv):  # its rows are not to be had one by one
+        if not has_rows(attn.qkv):
             return fused_qkv(attn, x)
-        q = attn.q_norm(part_of_qkv(attn, x[:, : tokens.num_prefix], 0))
-        k = attn.k_norm(part_of_qkv(attn, x, 1))
-        return QKV(q, k, k[:, :, :0], attn.scale)
+        (q,), (k,) = part_of_qkv(attn, x[:, : tokens.num_prefix], 0), part_of_qkv(attn, x, 1)
+        k = attn.k_norm(k)
+        return QKV(attn.q_norm(q), k, k[:, :, :0], attn.scale)
 
     def qkv_of_rows(self, active: Tokens, scored: QKV, rows: Tensor) -> QKV:
         if scored.v.shape[2]:
             return super().qkv_of_rows(active, scored, rows)
         attn, x = self.block.attn, self.before(active.x)
-        q, v = attn.q_norm(part_of_qkv(attn, x, 0)), part_of_qkv(attn, x, 2)
-        return QKV(q, take_heads(scored.k, rows), v, attn.scale, extra=output_gate(attn, x))
+        (q,), (v,) = part_of_qkv(attn, x, 0), part_of_qkv(attn, x, 2)
+        k = take_heads(scored.k, rows)
+        return QKV(attn.q_norm(q), k, v, attn.scale, extra=output_gate(attn, x))
+
+    def prefix_qkv(self, tokens: Tokens) -> QKV:
+        attn = self.block.attn
+        if not has_rows(attn.qkv):
+            return super().prefix_qkv(tokens)
+        x = self.before(tokens.x)
+        prefix = x[:, : tokens.num_prefix]
+        (q,), (k, v) = part_of_qkv(attn, prefix, 0), part_of_qkv(attn, x, 1, count=2)
+        return QKV(attn.q_norm(q), attn.k_norm(k), v, attn.scale, extra=output_gate(attn, prefix))
 
     def attention(
         self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None, mix: Mix | None = None

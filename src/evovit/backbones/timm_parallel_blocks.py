@@ -19,7 +19,7 @@ class ParallelThingsBlock(PreNormBlock):
     """`ParallelThingsBlock`: several attentions summed, then several FFNs; all heads stand side by side."""
 
     parts = ("attns", "ffns")
-    scoring_qkv, qkv_of_rows = Block.scoring_qkv, Block.qkv_of_rows
+    scoring_qkv, qkv_of_rows, prefix_qkv = Block.scoring_qkv, Block.qkv_of_rows, Block.prefix_qkv
 
     @property
     def num_heads(self) -> int:
@@ -68,7 +68,7 @@ class ParallelScalingBlock(PreNormBlock):
         *("in_norm", "in_proj", "mlp_bias", "q_norm", "k_norm", "attn_drop", "mlp_drop", "mlp_act"),
         *("out_proj", "attn_out_proj", "mlp_out_proj", "ls", "drop_path"),
     )
-    scoring_qkv, qkv_of_rows = Block.scoring_qkv, Block.qkv_of_rows
+    scoring_qkv, qkv_of_rows, prefix_qkv = Block.scoring_qkv, Block.qkv_of_rows, Block.prefix_qkv
 
     @property
     def num_heads(self) -> int:

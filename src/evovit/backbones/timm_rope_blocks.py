@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evovit.backbones.base import Block, Mix, expect_class, expect_parts
-from evovit.backbones.timm_blocks import ATTENTION_PARTS, attention_output, output_gate
+from evovit.backbones.timm_blocks import ATTENTION_PARTS, attention_output, has_rows, output_gate
 from evovit.tokens import QKV, Tokens
 
 ROPE_ATTENTION_PARTS = (*ATTENTION_PARTS, "q_proj", "k_proj", "v_proj", "q_bias", "k_bias", "v_bias")
@@ -53,17 +53,40 @@ def projected(attn: Any, x: Tensor) -> Sequence[Tensor]:
     """Project normed tokens (B, T, C) to q (B, T, H * D) and k, v (B, T, K * D), as the host does."""
     if attn.qkv is None:
         return attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
-    q_bias = getattr(attn, "q_bias", None)  # `AttentionRope` keeps its biases in the projection
-    if q_bias is None:
+    bias = added_bias(attn)
+    if bias is None:
         return attn.qkv(x).chunk(3, dim=-1)  # type: ignore[no-any-return]
-    bias = torch.cat((q_bias, attn.k_bias, attn.v_bias))
     y = attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
     return y.chunk(3, dim=-1)
 
 
-def rope_qkv(attn: Any, x: Tensor, tokens: Tokens, table: Tensor | None) -> QKV:
-    """Return q, k, v of normed tokens x (B, T, C) as timm's `EvaAttention` and `AttentionRope` do."""
-    q, k, v = projected(attn, x)
+def projected_for(attn: Any, x: Tensor, prefix: Tensor) -> Sequence[Tensor]:
+    """Project normed tokens x (B, T, C) to k and v, and the first of them, prefix (B, P, C), to q."""
+    if attn.qkv is None:
+        return attn.q_proj(prefix), attn.k_proj(x), attn.v_proj(x)
+    if not has_rows(attn.qkv):
+        q, k, v = projected(attn, x)
+        return q[:, : prefix.shape[1]], k, v
+    weight, bias = attn.qkv.weight, added_bias(attn)
+    bias, size = attn.qkv.bias if bias is None else bias, weight.shape[0] // 3
+    of_q, of_kv = (None, None) if bias is None else (bias[:size], bias[size:])
+    return F.linear(prefix, weight[:size], of_q), *F.linear(x, weight[size:], of_kv).chunk(2, dim=-1)
+
+
+def added_bias(attn: Any) -> Tensor | None:
+    """Return the bias of q, k and v that stands beside the projection; `AttentionRope` has it inside."""
+    q_bias = getattr(attn, "q_bias", None)
+    return None if q_bias is None else torch.cat((q_bias, attn.k_bias, attn.v_bias))
+
+
+def rope_qkv(attn: Any, x: Tensor, tokens: Tokens, table: Tensor | None, asking: int | None = None) -> QKV:
+    """Return q, k, v of normed tokens x (B, T, C) as timm's `EvaAttention` and `AttentionRope` do.
+
+    Args:
+        asking: P, for queries of the prefix alone; None: of all.
+    """
+    first = x if asking is None else x[:, :asking]
+    q, k, v = projected(attn, x) if asking is None else projected_for(attn, x, first)
     dim = q.shape[-1] // attn.num_heads
     q, k, v = (
         y.reshape(*y.shape[:2], y.shape[2] // dim, dim).transpose(1, 2) for y in (q, k, v)
@@ -73,11 +96,12 @@ def rope_qkv(attn: Any, x: Tensor, tokens: Tokens, table: Tensor | None) -> QKV:
         rotation = table[..., tokens.index, :]  # (B, N, 2 * D) or (H, B, N, 2 * D)
         rotation = rotation.unsqueeze(1) if table.ndim == 2 else rotation.transpose(0, 1)
         half = attn.rotate_half
-        q, k = (rotate(y, rotation, tokens.num_prefix, half).type_as(v) for y in (q, k))
+        k = rotate(k, rotation, tokens.num_prefix, half).type_as(v)
+        q = (rotate(q, rotation, tokens.num_prefix, half) if asking is None else q).type_as(v)
     groups = attn.num_heads // k.shape[1]
     if groups > 1:  # grouped queries: K < H heads of keys and values
         k, v = (y.repeat_interleave(groups, dim=1) for y in (k, v))
-    return QKV(q, k, v, attn.scale, extra=output_gate(attn, x))
+    return QKV(q, k, v, attn.scale, extra=output_gate(attn, first))
 
 
 class EvaBlock(Block):
@@ -107,8 +131,15 @@ class EvaBlock(Block):
         attn = self.block.attn
         yield from (self.block, attn, attn.attn_drop)
 
+    def before(self, x: Tensor) -> Tensor:
+        """Return what the attention's projections read, (B, T, C)."""
+        return self.block.norm1(x)  # type: ignore[no-any-return]
+
     def qkv(self, tokens: Tokens) -> QKV:
-        return rope_qkv(self.block.attn, self.block.norm1(tokens.x), tokens, self.table)
+        return rope_qkv(self.block.attn, self.before(tokens.x), tokens, self.table)
+
+    def prefix_qkv(self, tokens: Tokens) -> QKV:
+        return rope_qkv(self.block.attn, self.before(tokens.x), tokens, self.table, tokens.num_prefix)
 
     def attention(
         self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None, mix: Mix | None = None
@@ -128,8 +159,8 @@ class EvaBlockPostNorm(EvaBlock):
 
     parts = ("attn", "norm1", "drop_path1", "mlp", "norm2", "drop_path2")
 
-    def qkv(self, tokens: Tokens) -> QKV:
-        return rope_qkv(self.block.attn, tokens.x, tokens, self.table)
+    def before(self, x: Tensor) -> Tensor:
+        return x
 
     def attention(
         self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None, mix: Mix | None = None

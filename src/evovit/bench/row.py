@@ -87,7 +87,7 @@ class Measured:
 
     @property
     def is_dense(self) -> bool:
-        return self.variant.method == DENSE
+        return self.variant == Variant(DENSE)
 
     @property
     def median_ms(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -14,19 +14,27 @@ from evovit.bench.step import DTYPES, ENGINES, Batch
 from evovit.errors import EvoViTError, check_choice, nearest, shown
 from evovit.hosts import check_name, create_host
 from evovit.methods import DENSE, build_config, find_method, list_methods
-from evovit.model import reduce_tokens
+from evovit.model import LastBlock, reduce_tokens
 from evovit.options import read_assignment, read_named
 
 ALL = "all"  # stands for every method
+LAST_BLOCK = "last_block"  # an option of `reduce_tokens`, beside the method's own
 NUM_BATCHES = 4  # distinct inputs, used in turn
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with its options, or `dense`."""
+    """A method with its options and perhaps `last_block`; `dense` without any is the host itself."""
 
     method: str
     options: dict[str, Any] = field(default_factory=dict)
+
+    def config(self) -> Any:
+        """Return the method's `Config`; raises `EvoViTError` for a wrong option."""
+        if LAST_BLOCK in self.options:
+            check_choice(LAST_BLOCK, self.options[LAST_BLOCK], get_args(LastBlock))
+        own = {name: value for name, value in self.options.items() if name != LAST_BLOCK}
+        return build_config(find_method(self.method), own)
 
     def __str__(self) -> str:
         return " ".join([self.method, *(f"{key}={value}" for key, value in self.options.items())])
@@ -134,8 +142,8 @@ def parse_variants(
     shared = dict(read_assignment(text, "keep_ratio=0.5") for text in options)
     variants: list[Variant] = []
     for name, own in map(read_named, methods):
-        if name == DENSE:  # is measured anyway
-            build_config(find_method(DENSE), own)
+        if name == DENSE:
+            variants += [Variant(DENSE, own)] if own else []  # the host is measured anyway
             continue
         asked = shared | own
         if keep_ratios and "keep_ratio" in asked:
@@ -148,20 +156,22 @@ def parse_variants(
         else:
             variants += [Variant(name, asked) for asked in each_asked]
     for variant in variants:
-        build_config(find_method(variant.method), variant.options)
+        variant.config()
     return variants
 
 
 def _of_all(each_asked: Sequence[dict[str, Any]]) -> list[Variant]:
     """Return every method with those of the options it has; an option that none has is refused."""
     known = {
-        name: {f.name for f in fields(find_method(name).Config)} for name in list_methods() if name != DENSE
+        name: {LAST_BLOCK, *(f.name for f in fields(find_method(name).Config))}
+        for name in list_methods()
+        if name != DENSE
     }
     every = set().union(*known.values())
     for option in each_asked[0]:
         if option not in every:
             raise EvoViTError(f"No method has an option {shown(option)}.{nearest(option, every)}")
-    found: list[Variant] = []
+    found = [] if LAST_BLOCK in each_asked[0] else [Variant(DENSE, {LAST_BLOCK: "prefix"})]
     for name, own in known.items():
         for asked in each_asked:
             variant = Variant(name, {key: value for key, value in asked.items() if key in own})
@@ -175,9 +185,11 @@ def usable(setting: Setting, variants: Sequence[Variant]) -> tuple[list[Variant]
         backbone = adapt(build_host(replace(setting, pretrained=False)))
     chosen, left_out = [], []
     for variant in variants:
-        cls = find_method(variant.method)
         try:
-            cls(build_config(cls, variant.options), backbone.spec)
+            if variant.method == DENSE and (setting.train or backbone.head_reads_patches):
+                why = "training computes all rows" if setting.train else "the head reads patch tokens"
+                raise EvoViTError(f"{why}.")
+            find_method(variant.method)(variant.config(), backbone.spec)
             chosen.append(variant)
         except EvoViTError as error:
             left_out.append(f"{variant} is left out: {error}")
@@ -197,9 +209,16 @@ def build_host(setting: Setting) -> nn.Module:
     return model
 
 
-def build_models(host: nn.Module, variants: Sequence[Variant]) -> list[nn.Module]:
-    """Return the host and one wrapper around it per variant: all share its weights."""
-    wrapped = [reduce_tokens(host, v.method, verify=i == 0, **v.options) for i, v in enumerate(variants)]
+def build_models(host: nn.Module, variants: Sequence[Variant], train: bool) -> list[nn.Module]:
+    """Return the host and one wrapper around it per variant: all share its weights.
+
+    Args:
+        train: whether a training step is measured, which computes all rows of the last block.
+    """
+    whole = {LAST_BLOCK: "all"} if train else {}
+    wrapped = [
+        reduce_tokens(host, v.method, verify=i == 0, **(v.options | whole)) for i, v in enumerate(variants)
+    ]
     return [host, *wrapped]
 
 

@@ -78,7 +78,7 @@ def _measure(
     host = build_host(setting)
     size = image_size_of(setting, host)
     image_shape = (getattr(host, "in_chans", 3), size, size)
-    models = build_models(host, variants)
+    models = build_models(host, variants, setting.train)
     macs = [gmacs(model, image_shape) for model in models]
     models = [place(setting, model) for model in models]
     batches, measured = random_batches(setting, host), list[Measured]()

@@ -1,6 +1,7 @@
 """A reduced model on disk: method.json (what it is), method.safetensors, model.safetensors (the host).
 
-The host's weights keep the host's names, so the file loads into the plain host too. method.json holds the
+The host's weights keep the host's names, so the file loads into the plain host too. method.json tells how to
+build the host, where it is known (`checkpoints.host`), and holds the
 checksum of every file and is written after them: a save that was cut off leaves the older one whole.
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from evovit.checkpoints.host import build, describe
 from evovit.errors import EvoViTError, check_kind, shown
 from evovit.methods import build_config, find_method, name_of
 from evovit.model import ReducedViT, reduce_tokens
@@ -34,17 +36,27 @@ MANIFEST, METHOD, MODEL = "method.json", "method.safetensors", "model.safetensor
 NEW = "new."  # begins the name of a file that takes its place once the manifest tells its checksum
 
 
-def save_reduced(reduced: ReducedViT, folder: str | Path, *, include_model: bool = True) -> None:
+def save_reduced(
+    reduced: ReducedViT,
+    folder: str | Path,
+    *,
+    include_model: bool = True,
+    host: str | None = None,
+    host_options: Mapping[str, Any] = {},
+) -> None:
     """Write a reduced model into a folder; a save that is cut off leaves an older one as it was.
 
     Args:
         include_model: also write the host's weights; False writes the method alone.
+        host: timm's name of the host and `host_options` its arguments, where it does not tell them itself;
+            then `load_reduced(folder)` builds it.
 
     Raises:
-        EvoViTError: the folder cannot be written.
+        EvoViTError: the folder cannot be written, or `host` is not this one.
     """
     folder = as_path(folder, "folder")
     check_kind("reduced", reduced, ReducedViT, "what reduce_tokens returns")
+    described = describe(reduced.model, host, host_options)
     config = reduced.method.current_config()
     if folder.exists() and not folder.is_dir():
         raise EvoViTError(f"{shown(folder)} is a file; give a folder to save into.")
@@ -61,6 +73,8 @@ def save_reduced(reduced: ReducedViT, folder: str | Path, *, include_model: bool
             "host": f"{type(reduced.model).__module__}.{type(reduced.model).__qualname__}",
             "method": name_of(reduced.method),
             "options": {name: getattr(config, name) for name in config.__dataclass_fields__},
+            "last_block": reduced.last_block,
+            "build": described,
             "includes_model": include_model,
             "files": {name: hash_file(folder / f"{NEW}{name}") for name in states},
         }
@@ -71,20 +85,36 @@ def save_reduced(reduced: ReducedViT, folder: str | Path, *, include_model: bool
             (folder / MODEL).unlink(missing_ok=True)  # of an older save
 
 
-def load_reduced(folder: str | Path, model: nn.Module) -> ReducedViT:
+def load_reduced(folder: str | Path, model: nn.Module | None = None) -> ReducedViT:
     """Read what `save_reduced` wrote onto a host of the same class and size; saved weights are loaded.
 
+    Args:
+        model: the host; None builds it as the folder tells, in evaluation mode, its weights in their type.
+
     Raises:
-        EvoViTError: a folder that is damaged or does not fit; the host is then as it was.
+        EvoViTError: a folder that is damaged, does not fit (the host is then as it was), or does not tell how
+        to build the host.
     """
     folder = as_path(folder, "folder")
-    check_kind("model", model, nn.Module, "the host: a model as the saved one was")
+    if model is not None:
+        check_kind("model", model, nn.Module, "the host: a model as the saved one was")
     content = _read_manifest(folder / MANIFEST)
     own = _read_state(folder, METHOD, content)
     saved = _read_state(folder, MODEL, content) if content["includes_model"] else None
+    if model is None:
+        if saved is None or not content["build"]:
+            missing = "its weights" if saved is None else "how to build it"
+            raise EvoViTError(
+                f"{shown(folder)} holds a method for {shown(content.get('host'))} without {missing}; "
+                "give the host, load_reduced(folder, model), or save with the weights and host='NAME'."
+            )
+        model = build(content["build"])
+        kinds = {value.dtype for value in saved.values() if value.is_floating_point()}
+        model = model.to(kinds.pop()) if len(kinds) == 1 else model
     if saved is not None:
         check_fit(model, saved, f"The saved host in {shown(folder)}", f"this {type(model).__name__}")
-    reduced = reduce_tokens(model, build_config(find_method(content["method"]), content["options"]))
+    config = build_config(find_method(content["method"]), content["options"])
+    reduced = reduce_tokens(model, config, last_block=content["last_block"])
     check_fit(reduced.method, own, f"The saved method in {shown(folder)}", content["method"])
     reduced.method.load_state_dict(own)
     if saved is not None:
@@ -107,8 +137,9 @@ def _complete(folder: Path) -> None:
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise EvoViTError(f"There is no {shown(path)}; give a folder written by save_reduced.")
-    content = {"files": {}} | read_json(path, "evovit")
-    kinds = {"method": str, "options": dict, "includes_model": bool, "files": dict}
+    older = {"files": {}, "build": {}, "last_block": "prefix"}  # what older ones lack
+    content = older | read_json(path, "evovit")
+    kinds = {"method": str, "options": dict, "includes_model": bool, "files": dict, "build": dict}
     wrong = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
     if wrong:
         raise EvoViTError(

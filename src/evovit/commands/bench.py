@@ -37,7 +37,8 @@ def bench(
     Args:
         models: timm names; random weights unless --pretrained.
         method: methods, each NAME or NAME:option=value,option=value; "all" is every method. evovit methods
-            NAME lists the options of one.
+            NAME lists the options of one. dense:last_block=prefix is the host without what its head does
+            not read; last_block=all computes that in a reduced model too.
         options: option=value for every method given.
         keep_ratio: short for the option keep_ratio; several give a row each.
         engine: eager, compiled, graphs (a CUDA graph of the compiled step); default: all the device has.

@@ -57,8 +57,7 @@ class ToMe(Method):
         self.removed = removed_per_block(config.r, config.inflection, spec)
 
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
-        qkv = block.qkv(tokens)
-        tokens = block.attention(tokens, qkv, self.size_bias(tokens, qkv.q.dtype))
+        tokens, qkv = block.attend(tokens, self.size_bias(tokens, tokens.x.dtype))
         removed = min(self.removed[block.number], tokens.num_patches // 2)
         return block.ffn(self.merge(tokens, qkv.k, removed) if removed > 0 else tokens)
 

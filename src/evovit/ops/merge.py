@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evovit.ops.select import take
+from evovit.ops.select import rows_where, split_top, take
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Match:
 
     @property
     def sources(self) -> Tensor:
-        """(B, R) rows, the most similar first."""
+        """(B, R) rows; see `rank` for their order."""
         return self.order[:, self.num_left :]
 
     @property
@@ -62,8 +62,7 @@ def match_tokens(metric: Tensor, removed: int, first: int) -> Match:
     with torch.autocast(kind, enabled=False):
         similarity = metric[:, first::2] @ metric[:, other::2].transpose(-2, -1)  # (B, N - M, M)
     best, partner = similarity.max(-1)  # (B, N - M); the first of equal ones
-    ranked = best.argsort(dim=-1, descending=True, stable=True)
-    sources, stay = ranked[:, :removed], ranked[:, removed:].sort(-1).values
+    sources, stay = rank(best, removed)
     joined = partner.gather(1, sources)  # (B, R), among the M
     places = torch.arange(num, device=metric.device)
     second = places[other::2].expand(metric.shape[0], -1)
@@ -72,6 +71,22 @@ def match_tokens(metric: Tensor, removed: int, first: int) -> Match:
     new = places - F.pad(back, (num - removed, 0))  # no `cat`: Inductor would not fuse it on GPUs
     joins = joined.unsqueeze(1) == places[: second.shape[1], None]
     return Match(order, new, joins)
+
+
+def rank(best: Tensor, removed: int) -> tuple[Tensor, Tensor]:
+    """Return the rows (B, R) of the `removed` best proposals and of the others, (B, N - M - R) ascending.
+
+    The best come first, except where engines will run the graph: their sorts are not stable. There they
+    ascend, and nothing but the order of a sum changes.
+
+    Args:
+        best: (B, N - M) float32.
+    """
+    if torch.compiler.is_exporting():
+        chosen = split_top(best, removed)
+        return chosen.rows, rows_where(~chosen.kept, best.shape[1] - removed)
+    ranked = best.argsort(dim=-1, descending=True, stable=True)
+    return ranked[:, :removed], ranked[:, removed:].sort(-1).values
 
 
 def merge_sizes(size: Tensor, match: Match) -> tuple[Tensor, Tensor]:

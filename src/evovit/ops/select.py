@@ -85,6 +85,14 @@ def keep_rows(tokens: Tokens, rows: Tensor, among_all: Tensor | None = None) -> 
     return tokens.change(x=take(tokens.x, among_all), index=index, size=size, mask=mask)
 
 
+def keep_prefix(tokens: Tokens) -> Tokens:
+    """Return the prefix tokens alone: N is 0."""
+    index, size, mask = (
+        None if each is None else each[:, :0] for each in (tokens.index, tokens.size, tokens.mask)
+    )
+    return tokens.change(x=tokens.prefix, index=index, size=size, mask=mask)
+
+
 def take_heads(x: Tensor, rows: Tensor) -> Tensor:
     """Return the rows `rows` (B, K) of queries, keys or values x (B, H, T, D), as (B, H, K, D)."""
     return x.gather(2, rows[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
@@ -101,6 +109,16 @@ def take_qkv(qkv: QKV, rows: Tensor) -> QKV:
     q, k, v = (take_heads(x, rows) for x in (qkv.q, qkv.k, qkv.v))
     bias = None if qkv.bias is None else take_bias(qkv.bias, rows)
     return QKV(q, k, v, qkv.scale, bias, None if qkv.extra is None else take(qkv.extra, rows))
+
+
+def prefix_queries(qkv: QKV, num_prefix: int) -> QKV:
+    """Return what the attention of the prefix rows sees: their queries, the keys and values of all."""
+    bias, extra = qkv.bias, qkv.extra
+    return qkv._replace(
+        q=qkv.q[:, :, :num_prefix],
+        bias=None if bias is None else bias[:, :, :num_prefix],
+        extra=None if extra is None else extra[:, :num_prefix],
+    )
 
 
 def even_rows(index: Tensor, keep: int) -> Tensor:

@@ -78,7 +78,7 @@ def sentences(row: Row) -> list[str]:
         return [f"{name}: skipped, {row.skipped}"]
     if row.verdict:
         found.append(f"{name}: {row.verdict}")
-    if row.is_best_engine and row.method != DENSE and row.best_dense_engine not in (None, row.engine):
+    if row.is_best_engine and row.name != DENSE and row.best_dense_engine not in (None, row.engine):
         found[-1] += (
             f"; its best engine, but against dense [{row.best_dense_engine}]: {row.verdict_over_best_dense}"
         )

@@ -19,7 +19,7 @@ PART_COLOURS = ("#2b6cb0", "#4fa3a5", "#e0a030", "#c05621", "#8a5fb0", "#8da0b3"
 def plot_group(group: Sequence[Record]) -> list[Picture]:
     """Draw times, speed-ups against their ceiling, and where the time goes."""
     times = _Bars([name_of(r) for r in group], "Time", "ms per step: median, p95")
-    ratios = [r for r in group if r["method"] != DENSE and r["speedup"] is not None]
+    ratios = [r for r in group if name_of(r) != DENSE and r["speedup"] is not None]
     speedups = _Bars([name_of(r) for r in ratios], "Speed-up", "times dense, same engine; red: ceiling")
     engines = list(dict.fromkeys(r["engine"] for r in group))
     half = 0.4 / len(engines)

@@ -69,6 +69,21 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         shutil.rmtree(place)
 
 
+@contextmanager
+def new_folder(folder: Path, name: str) -> Iterator[Path]:
+    """Give a hidden folder to write several files into, and remove it at the end; call from within `told`.
+
+    What a killed process left under this name is removed.
+    """
+    remove_leftovers(folder, name)
+    place = folder / f".{name}.{os.getpid()}.{secrets.token_hex(8)}{TEMPORARY}"
+    place.mkdir(0o700)
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place)
+
+
 def remove_leftovers(folder: Path, name: str | None = None, *, held: bool = False) -> None:
     """Remove what killed processes left half written in a folder, of one file's name or of any.
 

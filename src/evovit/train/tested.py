@@ -21,7 +21,7 @@ from evovit.recipe.reading import overridden, parse_recipe, read_recipe
 from evovit.recipe.tables import Recipe
 from evovit.runtime.files import read_state_dict
 from evovit.runtime.world import World
-from evovit.train.build import build_model, fit, open_images_of
+from evovit.train.build import build_model, colours_of, fit, open_images_of
 from evovit.train.evaluate import evaluate
 from evovit.train.run import settle
 from evovit.train.state import read_weights
@@ -66,15 +66,8 @@ def named_model(
         raise EvoViTError(f"{name!r} has no test images of its own; give --images FOLDER.")
     if bool(weights) == pretrained:
         raise EvoViTError(f"Give either --weights FILE or --pretrained for {name!r}.")
-    model = create_host(name, pretrained=pretrained)
+    model = load_named(name, weights, pretrained)
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    if weights:
-        state = read_state_dict(weights)
-        heads = cfg.get("classifier") or ()
-        head = state.get(f"{heads if isinstance(heads, str) else next(iter(heads), '')}.weight")
-        if head is not None and head.shape[0] != getattr(model, "num_classes", head.shape[0]):
-            model = create_host(name, {"num_classes": head.shape[0]})
-        fit(model, state, f"{weights!r}")
     tables = {
         "model": {"name": name},
         "data": {
@@ -95,6 +88,58 @@ def named_model(
         model,
         places_of(images.class_names, model),
     )
+
+
+def load_named(name: str, weights: str, pretrained: bool) -> nn.Module:
+    """Return a timm model with the published weights, those of a file, or random ones."""
+    model = create_host(name, pretrained=pretrained)
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    if weights:
+        state = read_state_dict(weights)
+        heads = cfg.get("classifier") or ()
+        head = state.get(f"{heads if isinstance(heads, str) else next(iter(heads), '')}.weight")
+        if head is not None and head.shape[0] != getattr(model, "num_classes", head.shape[0]):
+            model = create_host(name, {"num_classes": head.shape[0]})
+        fit(model, state, f"{weights!r}")
+    return model
+
+
+def open_model(
+    text: str, weights: str = "", pretrained: bool = False
+) -> tuple[nn.Module, dict[str, Any] | None, str]:
+    """Return a model by what names it, how its images are prepared if that is its own, and a warning.
+
+    Args:
+        text: a timm name, the folder of a run, or one written by `save_reduced`.
+        weights: of a run: last, best or ema, "" for last; of a timm name: a file, "" for random ones.
+        pretrained: of a timm name: the published weights.
+    """
+    folder = Path(text)
+    if not folder.exists():
+        if weights and pretrained:
+            raise EvoViTError("Give either --weights or --pretrained.")
+        random = f"{text} has random weights; give --pretrained or --weights FILE for others"
+        return load_named(text, weights, pretrained), None, "" if weights or pretrained else random
+    if pretrained:
+        raise EvoViTError("--pretrained is for a timm name; a folder has weights of its own.")
+    if not (folder / "recipe.toml").is_file():
+        raise EvoViTError(
+            f"{text!r} is no folder of a run; for one that save_reduced wrote, build the host, then use "
+            "evovit.load_reduced and evovit.export."
+        )
+    tested = run_model(folder, weights or "last", None, ())
+    host = tested.model.model if isinstance(tested.model, ReducedViT) else tested.model
+    mean, std = colours_of(tested.recipe, host)
+    preprocessing = {
+        "input_size": list(backbone_of(tested.model).image_shape),
+        "mean": list(mean),
+        "std": list(std),
+        "interpolation": "bicubic",
+        "crop_pct": tested.recipe.data.crop_pct,
+        "crop_mode": "center",
+        "class_names": list(tested.images.class_names),
+    }
+    return tested.model, preprocessing, ""
 
 
 def _splits(folder: Path) -> dict[str, Any]:

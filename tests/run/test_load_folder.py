@@ -1,0 +1,116 @@
+"""A saved folder alone is enough: the host is built as it was, or one sentence says what is missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import evovit
+from evovit.errors import EvoViTError
+from tests.conftest import disturb, make_host, pictures
+
+REDUCES = {"start_block": 1, "stage_length": 2}
+
+
+def small(name: str = "vit_tiny_patch16_224", **options: Any) -> nn.Module:
+    return disturb(timm.create_model(name, **options)).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_patch16_224.augreg_in21k", {"num_classes": 7, "img_size": 32}),
+        ("vit_tiny_patch16_224", {"img_size": (32, 48), "global_pool": "avg", "num_classes": 0}),
+        ("eva02_tiny_patch14_224.mim_in22k", {"img_size": 28}),
+    ],
+)
+def test_a_host_of_timm_comes_back_from_its_folder(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    reduced = evovit.reduce_tokens(small(name, **options), "evo_vit", verify=False, **REDUCES)
+    evovit.save_reduced(reduced, tmp_path)
+    again = evovit.load_reduced(tmp_path)
+    images = torch.randn(2, 3, *reduced.model.patch_embed.img_size)
+    with torch.no_grad():
+        assert torch.equal(again(images), reduced(images))
+    assert again.pretrained_cfg == reduced.pretrained_cfg
+    assert not again.training
+
+
+def test_weights_keep_their_type(tmp_path: Path) -> None:
+    host = small(img_size=32).to(torch.bfloat16)
+    evovit.save_reduced(evovit.reduce_tokens(host, "evo_vit", **REDUCES), tmp_path)
+    assert evovit.load_reduced(tmp_path).dtype == torch.bfloat16
+
+
+def test_a_host_that_does_not_tell_its_arguments_is_asked_for(tmp_path: Path) -> None:
+    options = {"img_size": 32, "init_values": 0.1, "drop_path_rate": 0.2}
+    reduced = evovit.reduce_tokens(small(**options), "evo_vit", **REDUCES)
+    evovit.save_reduced(reduced, tmp_path)
+    with pytest.raises(EvoViTError, match=r"without how to build it; give the host, load_reduced"):
+        evovit.load_reduced(tmp_path)
+    with pytest.raises(EvoViTError, match=r"builds another host than this \(blocks.1.drop_path1"):
+        evovit.save_reduced(
+            reduced, tmp_path, host="vit_tiny_patch16_224", host_options={"img_size": 32, "init_values": 0.1}
+        )
+    evovit.save_reduced(reduced, tmp_path, host="vit_tiny_patch16_224", host_options=options)
+    with torch.no_grad():
+        assert torch.equal(evovit.load_reduced(tmp_path)(pictures()), reduced(pictures()))
+
+
+def test_a_host_without_a_name_is_asked_for(tmp_path: Path) -> None:
+    evovit.save_reduced(evovit.reduce_tokens(make_host("vit"), "evo_vit", **REDUCES), tmp_path)
+    with pytest.raises(EvoViTError, match="VisionTransformer' without how to build it"):
+        evovit.load_reduced(tmp_path)
+
+
+def test_a_method_alone_needs_its_host(tmp_path: Path) -> None:
+    reduced = evovit.reduce_tokens(small(img_size=32), "evo_vit", **REDUCES)
+    evovit.save_reduced(reduced, tmp_path, include_model=False)
+    with pytest.raises(EvoViTError, match="without its weights; give the host"):
+        evovit.load_reduced(tmp_path)
+
+
+def test_a_folder_imports_classes_of_transformers_alone(tmp_path: Path) -> None:
+    evovit.save_reduced(evovit.reduce_tokens(small(img_size=32), "evo_vit", **REDUCES), tmp_path)
+    manifest = tmp_path / "method.json"
+    content = json.loads(manifest.read_text())
+    content["build"] = {"transformers": "subprocess.Popen", "config_class": "os.system", "config": {}}
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(EvoViTError, match="'subprocess.Popen' is no class of transformers"):
+        evovit.load_reduced(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ViTForImageClassification", {}),
+        ("ViTModel", {"add_pooling_layer": False}),
+        ("CLIPVisionModelWithProjection", {}),
+        ("SiglipForImageClassification", {}),
+        ("DINOv3ViTModel", {}),
+    ],
+)
+def test_a_host_of_transformers_comes_back_from_its_folder(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers", "5.18")
+    from tests.hf_hosts import make_config, worst
+
+    cls = getattr(transformers, name)
+    host = disturb(cls(make_config(cls.config_class), **options)).eval()
+    host.config.id2label = dict(enumerate(["cat", "dog", "cow", "owl", "fly"]))
+    kept = {} if "Siglip" not in name else {"selection": "column_mean"}
+    reduced = evovit.reduce_tokens(host, "evo_vit", **REDUCES, **kept)
+    evovit.save_reduced(reduced, tmp_path)
+    again = evovit.load_reduced(tmp_path)
+    with torch.no_grad():
+        assert worst(reduced(pictures()), again(pictures())) == 0
+    assert type(again.model) is cls
+    assert again.config.to_dict() == host.config.to_dict()
