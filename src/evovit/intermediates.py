@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,14 @@ RESTORES = ("auto", "hold", "unmerge", "interpolate")
 FORMATS = ("NCHW", "NLC")
 
 Indices = int | Sequence[int] | None
-Run = Callable[[Callable[[Tokens], Tokens], int | None], tuple[Tokens, list[Tokens]]]
+
+
+class Run(Protocol):
+    """Runs embedding and blocks up to number `last`, None for all; `prepare` sees the embedded tokens."""
+
+    def __call__(
+        self, *, prepare: Callable[[Tokens], Tokens], last: int | None
+    ) -> tuple[Tokens, list[Tokens]]: ...
 
 
 class Sparse(NamedTuple):
@@ -150,7 +157,7 @@ def forward_intermediates(
     """Run a reduced model and answer as timm's `forward_intermediates`; see `ReducedViT`.
 
     Args:
-        run: runs embedding and blocks, given what sees the embedded tokens and the last block or None.
+        run: of this model and these images, recording the tokens after each block.
     """
     restore = check_restore(method, restore, output_fmt)
     numbers = taken(backbone.spec, indices)
@@ -214,6 +221,8 @@ def refuse_masks(attn_mask: object, is_causal: object) -> None:
 
 def feature_info(model: Any, backbone: Backbone) -> list[dict[str, Any]]:
     """Return timm's facts about each block's features (or each stage's), with the host's names prefixed.
+
+    A host that is not timm's has its blocks called "model.blocks.0" and on, whatever their names are.
 
     Raises:
         EvoViTError: a host of several stages that does not describe them.
