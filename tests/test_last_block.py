@@ -33,7 +33,7 @@ from tests.parity import assert_close
 from tests.test_contract import METHODS, ON_VIT, variants, wrap
 
 IMAGE = (3, 32, 32)
-READS_PATCHES = ("vit_avg", "siglip", "eva02", "dinov3", "beit", "relpos", "lv_vit")
+READS_PATCHES = ("vit_avg", "siglip", "eva02", "dinov3", "lv_vit", "beit", "relpos")
 PREFIX_ALONE = [name for name in HOSTS if name not in READS_PATCHES]
 LAST = {  # options under which a method does in the last block what it does in others
     "dynamic_vit": {"blocks": (1, 3)},
@@ -61,8 +61,8 @@ def token_host(name: str) -> nn.Module:
     return disturb(host)
 
 
-WITHOUT_TOKEN = ("no_positions", "eva_no_class_token", "relpos_swin")
-WITH_TOKEN = [name for name in OPTIONS if "pool" not in name and name not in WITHOUT_TOKEN]
+NO_CLASS_TOKEN = ("no_positions", "eva_no_class_token", "relpos_swin")
+WITH_TOKEN = [name for name in OPTIONS if "pool" not in name and name not in NO_CLASS_TOKEN]
 
 
 def both(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import evovit
+from evovit.data.dense_labels import read_label_map
 from evovit.errors import EvoViTError, check_count, in_one_line, printable, shown
 from evovit.runtime.files import as_path, read_json, read_state_dict, write_files
 from tests.conftest import TINY, make_host, pictures
@@ -264,3 +267,78 @@ def test_arguments_of_a_named_model_are_checked(name: str, key: str, value: Any)
 @pytest.mark.parametrize("name", [None, 3, ["sit_tiny"], {}, "deit_tiny_patch16_224", "\x00"], ids=range(6))
 def test_a_model_is_named_by_a_known_word(name: Any) -> None:
     refused(lambda: evovit.create_model(name), "There is no model")
+
+
+# files of tensors
+
+
+class Unpickled:
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("unpickled"),)
+
+
+NO_TENSORS: dict[str, Callable[[Path], Any]] = {
+    "page": lambda path: path.write_bytes(b"<!DOCTYPE html><html>404"),
+    "pointer": lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+    "empty": lambda path: path.write_bytes(b""),
+    "zeros": lambda path: path.write_bytes(b"\0" * 1000),
+    "archive": lambda path: path.write_bytes(b"PK\x03\x04" + b"\0" * 50),
+    "pickle": lambda path: path.write_bytes(pickle.dumps({"a": Unpickled()})),
+    "broken pickle": lambda path: path.write_bytes(b"\x80\x02X\xff\xff\xff\x7fabc"),
+    "no stack": lambda path: path.write_bytes(b"\x80\x02e."),
+    "code": lambda path: torch.save({"model": Unpickled()}, path),
+    "NumPy": lambda path: torch.save(numpy.zeros(3), path),
+    "table": lambda path: torch.save({"a": 3}, path),
+    "text": lambda path: torch.save("x", path),
+    "none": lambda path: torch.save(None, path),
+    "pipe": lambda path: os.mkfifo(path),
+    "folder": lambda path: path.mkdir(),
+}
+
+
+@pytest.mark.parametrize("kind", NO_TENSORS)
+def test_files_without_tensors_are_refused(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads them, and without PyTorch's advice to unpickle them after all."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "a.pt"
+    NO_TENSORS[kind](path)
+    for call in (lambda: read_state_dict(path), lambda: read_label_map(path, 10)):
+        assert "weights_only" not in refused(call) and not Path("unpickled").exists()
+
+
+def label_map(scores: float = 0.5, classes: float = 1) -> Tensor:
+    return torch.stack([torch.full((5, 3, 3), scores), torch.full((5, 3, 3), classes)]).half()
+
+
+NO_LABELS: dict[str, Any] = {
+    "flat": label_map().flatten(),
+    "three": torch.zeros(3, 5, 3, 3),
+    "no best": torch.zeros(2, 0, 3, 3),
+    "no rows": torch.zeros(2, 5, 0, 3),
+    "negative": label_map(classes=-1),
+    "above": label_map(classes=10),
+    "half a class": label_map(classes=0.5),
+    "odd class": label_map(classes=float("nan")),
+    "endless class": label_map(classes=float("inf")),
+    "odd score": label_map(scores=float("nan")),
+    "complex": label_map().to(torch.complex64),
+    "on meta": label_map().to("meta"),
+    "sparse": label_map().to_sparse(),
+    "stretched": torch.zeros(1).expand(2, 5, 10**5, 10**5),
+}
+
+
+@pytest.mark.parametrize("kind", NO_LABELS)
+def test_label_files_that_cannot_be_are_refused(kind: str, tmp_path: Path) -> None:
+    torch.save(label_map(), tmp_path / "a.pt")
+    assert read_label_map(tmp_path / "a.pt", 10).shape == (10, 3, 3)
+    torch.save(NO_LABELS[kind], tmp_path / "a.pt")
+    refused(lambda: read_label_map(tmp_path / "a.pt", 10))
+
+
+def test_numbers_of_scenes_may_be_of_numpy_or_pytorch() -> None:
+    plain = evovit.digit_scenes("train", 2, seed=3)
+    same = evovit.digit_scenes("train", torch.tensor(2), size=numpy.int64(48), seed=torch.tensor(3))  # type: ignore[arg-type]
+    assert torch.equal(plain.images, same.images)

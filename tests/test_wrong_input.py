@@ -108,3 +108,63 @@ def test_images_of_another_shape(shape: tuple[int, ...]) -> None:
         reduced = evovit.reduce_tokens(make_host(name), start_block=1)
         refused(lambda model=reduced: model(torch.zeros(shape)))
         refused(lambda model=reduced: model.feature_map(torch.zeros(shape)))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        *[(name, "img_size", 10**6) for name in ("evo_deit", "evit", "sit", "levit")],
+        *[("evit", "num_heads", value) for value in (True, "2", 2.0, -1, 10**9)],
+        *[("evo_deit", "drop_path_rate", value) for value in (-1, 2, float("nan"), "x")],
+        *[("sit", "skip_lam", value) for value in ("x", -1, float("nan"), object(), [2])],
+        *[("sit", "num_heads", value) for value in (True, -1)],
+        *[("evo_levit", "key_dim", value) for value in (True, 0, "16", 10**9)],
+        *[("evo_levit", "class_heads", value) for value in ("x", 2, [])],
+        *[("evo_levit", "fresh_parts", value) for value in ("x", 2, [])],
+    ],
+)
+def test_options_of_an_official_checkpoint(name: str, key: str, value: Any) -> None:
+    loader, options = OFFICIAL[name]
+    refused(lambda: evovit.load_official(loader, official(name), **(options | {key: value})))
+
+
+def official(name: str) -> dict[str, torch.Tensor]:
+    state = Golden(name).state_dict()
+    return {key: state[key] for key in state if key.split(".")[0] not in ("tsm", "rtsm")}
+
+
+OFFICIAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "evo_deit": ("evo_vit", {"num_heads": 3}),
+    "evit": ("evit", {"num_heads": 3}),
+    "sit": ("lv_vit", {"num_heads": 2, "skip_lam": 2.0}),
+    "levit": ("levit", {"key_dim": 16}),
+    "evo_levit": ("evo_levit", {"key_dim": 16}),
+}
+NO_WEIGHTS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "not a number": lambda value: value * float("nan"),
+    "infinite": lambda value: torch.full_like(value, -float("inf")),
+    "complex": lambda value: value.to(torch.complex64),
+    "whole numbers": lambda value: value.to(torch.int8),
+    "true or false": lambda value: value > 0,
+    "on meta": lambda value: value.to("meta"),
+    "stretched": lambda value: torch.zeros(1).expand(10**6),
+}
+
+
+@pytest.mark.parametrize("change", NO_WEIGHTS)
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_values_of_an_official_checkpoint_that_are_no_weights(name: str, change: str) -> None:
+    loader, options = OFFICIAL[name]
+    state = official(name)
+    evovit.load_official(loader, state, **options)
+    key = next(key for key, value in state.items() if value.is_floating_point() and value.ndim > 1)
+    other = state | {key: NO_WEIGHTS[change](state[key])}
+    refused(lambda: evovit.load_official(loader, other, **options))
+
+
+def test_weights_that_are_not_finite_are_not_put_into_a_model(tmp_path: Path) -> None:
+    reduced = evovit.reduce_tokens(make_host("vit"), start_block=1)
+    with torch.no_grad():
+        reduced.host.head.weight[0, 0] = float("nan")
+    evovit.save_reduced(reduced, tmp_path)
+    refused(lambda: evovit.load_reduced(tmp_path, make_host("vit")))

@@ -13,11 +13,15 @@ from torch import nn
 
 from evovit import models  # registers the named models in timm
 from evovit.errors import EvoViTError, in_one_line, nearest, shown
-from evovit.models.named import check_arguments, refusal
+from evovit.models.named import checked_arguments, refusal
 
 __all__ = ["check_name", "create_host", "models"]
 
 ELSEWHERE = {"pretrained": "pretrained", "checkpoint_path": "weights"}  # arguments of timm's: what to set
+TIMMS_OWN = (  # arguments of timm's create_model and of its registry
+    *("features_only", "out_indices", "scriptable", "exportable", "no_jit", "cache_dir"),
+    *("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict"),
+)
 
 
 def check_name(name: str, what: str = "model") -> str:
@@ -29,12 +33,18 @@ def check_name(name: str, what: str = "model") -> str:
     return name
 
 
-def check_options(options: Mapping[str, Any], what: str = "model.options") -> None:
-    """Raise `EvoViTError` for arguments that say where weights come from, or of wrong kinds."""
-    for key, instead in ELSEWHERE.items():
-        if key in options:
-            raise EvoViTError(f"{what} has {key}, which is said elsewhere: set {instead}.")
-    check_arguments(options)
+def checked_options(options: Mapping[str, Any], what: str = "model.options") -> dict[str, Any]:
+    """Return arguments of a host with plain values.
+
+    Raises:
+        EvoViTError: one that says where weights come from, that makes no host, or of a wrong kind.
+    """
+    for key in options:
+        if key in ELSEWHERE:
+            raise EvoViTError(f"{what} has {key}, which is said elsewhere: set {ELSEWHERE[key]}.")
+        if key in TIMMS_OWN:
+            raise EvoViTError(f"{what} has {key}, which says nothing about a host; leave it out.")
+    return checked_arguments(options)
 
 
 def create_host(
@@ -56,8 +66,7 @@ def create_host(
         EvoViTError: an unknown name, arguments the model does not take, weights that cannot be had.
     """
     check_name(name, what)
-    check_options(options, f"{what.removesuffix('.name')}.options")
-    options = dict(options)
+    options = checked_options(options, f"{what.removesuffix('.name')}.options")
     if seed is not None and ":" not in name:
         entry = timm.model_entrypoint(name)
         options |= {"seed": seed} if "seed" in inspect.signature(entry).parameters else {}

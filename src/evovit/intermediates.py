@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,14 +19,7 @@ RESTORES = ("auto", "hold", "unmerge", "interpolate")
 FORMATS = ("NCHW", "NLC")
 
 Indices = int | Sequence[int] | None
-
-
-class Run(Protocol):
-    """Runs embedding and blocks up to number `last`, None for all; `prepare` sees the embedded tokens."""
-
-    def __call__(
-        self, *, prepare: Callable[[Tokens], Tokens], last: int | None
-    ) -> tuple[Tokens, list[Tokens]]: ...
+Run = Callable[..., tuple[Tokens, list[Tokens]]]
 
 
 class Sparse(NamedTuple):
@@ -157,7 +150,7 @@ def forward_intermediates(
     """Run a reduced model and answer as timm's `forward_intermediates`; see `ReducedViT`.
 
     Args:
-        run: of this model and these images, recording the tokens after each block.
+        run: runs embedding and blocks; `prepare` sees the embedded tokens, `last` is the last block or None.
     """
     restore = check_restore(method, restore, output_fmt)
     numbers = taken(backbone.spec, indices)
@@ -221,8 +214,6 @@ def refuse_masks(attn_mask: object, is_causal: object) -> None:
 
 def feature_info(model: Any, backbone: Backbone) -> list[dict[str, Any]]:
     """Return timm's facts about each block's features (or each stage's), with the host's names prefixed.
-
-    A host that is not timm's has its blocks called "model.blocks.0" and on, whatever their names are.
 
     Raises:
         EvoViTError: a host of several stages that does not describe them.

@@ -24,7 +24,10 @@ from evovit.checkpoints.official_lv_vit import (
 from evovit.errors import EvoViTError, in_one_line, nearest, shown
 from evovit.model import ReducedViT, reduce_tokens
 from evovit.models.evo_deit import build_evo_deit
+from evovit.models.named import checked_arguments
 from evovit.runtime.files import plain_state_dict, read_state_dict
+
+INDICES = ("num_batches_tracked", "_idxs", "index")  # end the names of tensors of whole numbers
 
 
 def load_official(name: str, source: str | Path | Mapping[str, Tensor], **options: Any) -> Any:
@@ -45,7 +48,9 @@ def load_official(name: str, source: str | Path | Mapping[str, Tensor], **option
         raise EvoViTError(f"There is no official loader {shown(name)}; {there}.{nearest(name, LOADERS)}")
     if not isinstance(source, str | Path | Mapping):
         raise EvoViTError(f"source is {shown(source)}; give the path of a checkpoint, or its state dict.")
+    options = checked_arguments(options)
     state = plain_state_dict(source, "source") if isinstance(source, Mapping) else read_state_dict(source)
+    _check_values(state)
     try:
         return LOADERS[name](state, **options).eval()
     except EvoViTError:
@@ -54,6 +59,18 @@ def load_official(name: str, source: str | Path | Mapping[str, Tensor], **option
         raise EvoViTError(
             f"The checkpoint does not make a {name} with {shown(options)} ({in_one_line(error)})."
         ) from error
+
+
+def _check_values(state: Mapping[str, Tensor]) -> None:
+    """Raise `EvoViTError` for values that no weights are: not finite, complex, whole but for indices."""
+    for key, value in state.items():
+        kind = f"of {value.dtype}"
+        if value.is_floating_point() or (key.endswith(INDICES) and not value.is_complex()):
+            kind = "" if value.isfinite().all() else "not finite"
+        if kind:
+            raise EvoViTError(
+                f"{shown(key)} in the checkpoint has values {kind}; weights are finite numbers."
+            )
 
 
 def _load_evo_vit(

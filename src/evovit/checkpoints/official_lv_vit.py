@@ -63,8 +63,8 @@ def load_lv_vit_host(
     if not heads or not divisor or width % heads:
         raise EvoViTError(
             f"num_heads is {shown(num_heads)} and skip_lam {shown(skip_lam)}; a {name} of width {width} and "
-            f"{depth} blocks is no released size, so give both: the heads and what residual branches are "
-            "divided by."
+            f"{depth} blocks is no released size, so give both: the heads, a divisor of the width, and what "
+            "residual branches are divided by."
         )
     projection = state.get("patch_embed.proj.weight")
     convolutions = sum(key.startswith("patch_embed.conv") for key in state)

@@ -6,7 +6,6 @@ the whole image, (2, 5, rows, columns) half precision, as TokenLabeling's annota
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import roi_align  # type: ignore[import-untyped]
 
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, shown
+from evovit.runtime.files import check_plain, read_tensors
 from evovit.runtime.seeds import seeded
 
 
@@ -70,17 +70,16 @@ class DenseLabels:
 
 def read_label_map(path: Path, num_classes: int) -> Tensor:
     """Return the scores of a file, (classes, rows, columns) float32; 0 for classes that it does not name."""
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise EvoViTError(f"The label file {str(path)!r} cannot be read: {error}") from error
-    if not isinstance(stored, Tensor) or stored.ndim != 4 or stored.shape[0] != 2:
-        raise EvoViTError(f"{str(path)!r} holds no scores and class ids, (2, best, rows, columns).")
+    stored, what = read_tensors(path, "dense labels"), shown(path)
+    if not isinstance(stored, Tensor) or stored.ndim != 4 or len(stored) != 2 or 0 in stored.shape:
+        raise EvoViTError(f"{what} holds no scores and class ids, (2, best, rows, columns).")
+    check_plain(stored, what)
+    if stored.is_complex() or not stored.isfinite().all() or (stored[1] % 1 != 0).any():
+        raise EvoViTError(f"{what} holds no finite scores and whole class ids; write it again.")
     scores, classes = stored[0].float(), stored[1].long()
-    if classes.min() < 0 or classes.max() >= num_classes:
-        raise EvoViTError(
-            f"{str(path)!r} names class {int(classes.max())}, but the data has {num_classes} classes."
-        )
+    wrong = classes[(classes < 0) | (classes >= num_classes)]
+    if len(wrong):
+        raise EvoViTError(f"{what} names class {wrong[0]}, but the data has {num_classes} classes.")
     return torch.zeros(num_classes, *scores.shape[1:]).scatter_(0, classes, scores)
 
 

@@ -75,10 +75,10 @@ def digit_scenes(
         seed: every choice follows from it; another number gives fresh scenes.
     """
     check_choice("split", split, get_args(Split))
-    check_count("num_scenes", num_scenes, 1, 100_000_000)
-    check_count("size", size, SMALLEST_CANVAS, 4096, "pixels")
-    check_count("num_fragments", num_fragments, 0, 1000)
-    check_count("seed", seed, 0, 2**63 - 1)
+    num_scenes = check_count("num_scenes", num_scenes, 1, 100_000_000)
+    size = check_count("size", size, SMALLEST_CANVAS, 4096, "pixels")
+    num_fragments = check_count("num_fragments", num_fragments, 0, 1000)
+    seed = check_count("seed", seed, 0, 2**63 - 1)
     source = digits(split)
     rng = torch.Generator().manual_seed(seed)
     chunks = [

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge, Le
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from evovit.errors import EvoViTError, in_one_line, shown
 from evovit.methods.base import Method
-from evovit.options import Count, Number, Options, Positive, Share, Weight
+from evovit.options import Number, Options, Positive, Share, Weight
 
 __all__: list[str] = []  # no entry points
 
+# Limits far above what there is: a slip of the keyboard is told before memory or time ends.
+Side = Annotated[int, Ge(1), Le(16384)]  # pixels
+Width = Annotated[int, Ge(1), Le(65536)]
+Depth = Annotated[int, Ge(1), Le(1000)]
+Classes = Annotated[int, Ge(0), Le(1_000_000)]
 REGISTRY_ONLY = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_model_args")
 
 
@@ -21,14 +27,14 @@ REGISTRY_ONLY = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretr
 class HostArguments(Options):
     """What hosts are created with, where it is of a known kind: constructors take nearly anything."""
 
-    img_size: Count | tuple[Count, Count] | None = None
-    patch_size: Count | tuple[Count, Count] | None = None
-    in_chans: Count | None = None
-    num_classes: Number | None = None
-    embed_dim: Count | tuple[Count, ...] | None = None
-    depth: Count | tuple[Count, ...] | None = None
-    num_heads: Count | tuple[Count, ...] | None = None
-    key_dim: Count | tuple[Count, ...] | None = None
+    img_size: Side | tuple[Side, Side] | None = None
+    patch_size: Side | tuple[Side, Side] | None = None
+    in_chans: Width | None = None
+    num_classes: Classes | None = None
+    embed_dim: Width | tuple[Width, ...] | None = None
+    depth: Depth | tuple[Depth, ...] | None = None
+    num_heads: Width | tuple[Width, ...] | None = None
+    key_dim: Width | tuple[Width, ...] | None = None
     mlp_ratio: Positive | tuple[Positive, ...] | None = None
     reg_tokens: Number | None = None
     drop_rate: Share | None = None
@@ -47,17 +53,23 @@ class HostArguments(Options):
     dynamic_img_pad: bool | None = None
     distilled: bool | None = None
     class_heads: bool | None = None
+    fresh_parts: bool | None = None
     aux_in_training: bool | None = None
-    stem_width: Count | None = None
+    stem_width: Width | None = None
     skip_lam: Positive | None = None
     aux_weight: Weight | None = None
     seed: Number | None = None
 
 
-def check_arguments(given: Mapping[str, Any]) -> None:
-    """Raise `EvoViTError` where an argument of a host is of another type or out of its range."""
-    known = {f.name for f in fields(HostArguments)}
-    HostArguments(**{key: value for key, value in given.items() if key in known})
+def checked_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of a host with values of Python's own types.
+
+    Raises:
+        EvoViTError: one of another type or out of its range.
+    """
+    known = {f.name for f in fields(HostArguments)} & given.keys()
+    plain = HostArguments(**{key: given[key] for key in known})
+    return {key: getattr(plain, key) if key in known else value for key, value in given.items()}
 
 
 def refusal(what: str, arguments: Mapping[str, Any], error: Exception) -> EvoViTError:
@@ -86,8 +98,8 @@ def own_options(pretrained: bool, kwargs: dict[str, Any], what: str, call: str) 
             "features_only is True, and a reduced model gives its maps by evovit.features; create it without "
             "and wrap it: evovit.features(model, out_indices=...)."
         )
-    check_arguments(kwargs)
-    return {key: value for key, value in kwargs.items() if key not in REGISTRY_ONLY}
+    own = checked_arguments(kwargs)
+    return {key: value for key, value in own.items() if key not in REGISTRY_ONLY}
 
 
 def split_options(method: type[Method], kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from evovit.errors import PLAIN_ONLY, EvoViTError, in_one_line, shown
 
 TEMPORARY = ".tmp"  # ends the name of a file that is being written
+PYTORCHS = (b"PK", b"\x80")  # begin its files: archives, and pickles of old versions
 WRAPPERS = ("model", "state_dict", "model_state_dict")
 
 
@@ -165,28 +166,49 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise EvoViTError(
             f"There is no checkpoint file {shown(path)}; give the path of a .safetensors or .pth file."
         )
+    return plain_state_dict(read_tensors(path, "a checkpoint"), shown(path))
+
+
+def read_tensors(path: Path, what: str) -> Any:
+    """Return what a file of tensors holds; nothing is unpickled, and what cannot be read is one sentence.
+
+    Args:
+        what: what the file should be, for the sentence.
+    """
+    said = f"{shown(path)} cannot be read"
     try:
+        if not path.is_file():  # a pipe would wait for ever
+            raise EvoViTError(f"{said}: it is no file.")
         if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            content = load_plain(path)
+            return load_file(path)
+        with path.open("rb") as file:
+            if not file.read(2).startswith(PYTORCHS):
+                raise EvoViTError(f"{said}: it is no file of PyTorch (a page, a pointer of Git LFS?).")
+        return _load_plain(path)
+    except EvoViTError:
+        raise
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise EvoViTError(
-            f"{shown(path)} cannot be read as a checkpoint (cut off or damaged?): {in_one_line(error)}."
-        ) from error
+        raise EvoViTError(f"{said} as {what} (cut off or damaged?): {in_one_line(error)}.") from error
     except Exception as error:  # pickle.UnpicklingError and what broken pickles raise
         raise EvoViTError(
-            f"{shown(path)} cannot be read for safety: {PLAIN_ONLY}; take a .safetensors file, or one that "
-            "holds a state dict alone."
+            f"{said} for safety: {PLAIN_ONLY}; take a .safetensors file, or one that holds tensors alone."
         ) from error
-    return plain_state_dict(content, shown(path))
 
 
-def load_plain(path: Path) -> Any:
-    """Return what PyTorch's loader of plain tensors reads from a file; nothing is unpickled."""
+def _load_plain(path: Path) -> Any:
     with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
         warnings.simplefilter("ignore")  # about pickles of another kind, which are refused
         return torch.load(path, map_location="cpu", weights_only=True)  # official files keep their arguments
+
+
+def check_plain(value: Tensor, what: str) -> None:
+    """Raise `EvoViTError` unless a tensor has its values in memory, each once."""
+    kind = "quantised" if value.is_quantized else f"{value.layout} on {value.device}"
+    if not value.is_quantized and not value.is_meta and value.layout == torch.strided:
+        if value.nbytes <= value.untyped_storage().nbytes():
+            return
+        kind = f"{tuple(value.shape)}, stretched from fewer values"
+    raise EvoViTError(f"{what} is {kind}; give plain tensors with their values.")
 
 
 def plain_state_dict(content: Any, what: str) -> dict[str, Tensor]:
@@ -202,9 +224,7 @@ def plain_state_dict(content: Any, what: str) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise EvoViTError(f"{what} holds no state dict (tensors by name, or such under 'model').")
     for key, value in content.items():
-        if value.layout != torch.strided or value.is_quantized or value.is_meta:
-            kind = "quantised" if value.is_quantized else f"{value.layout} on {value.device}"
-            raise EvoViTError(f"{shown(key)} in {what} is {kind}; give plain tensors with their values.")
+        check_plain(value, f"{shown(key)} in {what}")
     return {str(key).removeprefix("module."): value for key, value in content.items()}
 
 
@@ -239,7 +259,8 @@ def check_fit(module: nn.Module, state: Mapping[str, Tensor], what: str, where: 
         for key, a, b in both
         if a.is_floating_point() != b.is_floating_point() or a.is_complex()
     ]
-    wrong += shapes[:1] + kinds[:1]
+    odd = [f"{key} has values that are not finite" for key, a, _ in both if not a.isfinite().all()]
+    wrong += shapes[:1] + kinds[:1] + odd[:1]
     if wrong:
         raise EvoViTError(f"{what} does not fit {where}: {'; '.join(wrong)}.")
 
