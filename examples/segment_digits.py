@@ -2,11 +2,11 @@
 
     python examples/segment_digits.py
 
-No weights are downloaded: a small ViT with DINOv2's parts (registers, LayerScale) first learns, dense, to find
-the digit in digit scenes. Then it is frozen, and each contestant trains a linear head (batch norm and one 1 x 1
-convolution, as in DINOv2's evaluation) on its maps: the dense model, and the same model reduced without further
-training, its missing cells restored. Printed are the digit's IoU, the backbone's speed, and the share of cells
-of the last map that are older than its last two blocks.
+No weights are downloaded: a small ViT with DINOv2's parts (registers, LayerScale) first learns, dense, to
+find the digit in digit scenes. Then it is frozen, and each contestant trains a linear head (batch norm and
+one 1 x 1 convolution, as in DINOv2's evaluation) on its maps: the dense model, and the same model reduced
+without further training, its missing cells restored. Printed are the digit's IoU, the backbone's speed, and
+the share of cells of the last map that are older than its last two blocks.
 """
 
 from __future__ import annotations

@@ -88,6 +88,27 @@ def test_wrong_features_are_refused_when_they_are_made(asked: dict[str, Any], wo
         evovit.features(make_host("vit"))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["evo_deit_tiny_patch16_224", "evo_levit_128s", "sit_tiny", "small_vit"])
+def test_a_named_model_made_with_features_only_says_how(name: str) -> None:
+    with pytest.raises(evovit.EvoViTError, match=r"evovit.features\(model, out_indices"):
+        timm.create_model(name, features_only=True)
+
+
+def test_features_of_a_transformers_host() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+    host = transformers.ViTModel(transformers.ViTConfig(image_size=32, patch_size=8, **sizes)).eval()
+    images = pictures()
+    with torch.no_grad():
+        expected = host(images, output_hidden_states=True).hidden_states[1:]
+        net = evovit.features(evovit.reduce_tokens(host, "dense"), None)
+        for map_, hidden in zip(net(images), expected, strict=True):
+            assert (map_.flatten(2).transpose(1, 2) - hidden[:, 1:]).abs().max() <= 1e-5 * hidden.abs().max()
+    assert net.feature_info.channels() == [32] * 4 and net.feature_info.reduction() == [8] * 4
+    held = evovit.features(evovit.reduce_tokens(host, "keep", blocks=(1,)), 1)
+    assert held(images)[0].shape == (2, 32, 4, 4)
+
+
 def test_the_pyramid_has_levels_of_its_strides() -> None:
     pyramid = evovit.SimplePyramid(evovit.features(reduced_vit("evo_vit", **EVO), 1), channels=16)
     assert pyramid.strides == (2, 4, 8, 16) and pyramid.out_channels == 16

@@ -310,6 +310,21 @@ def test_masked_tokens_of_training_are_missing_too() -> None:
     assert all(p.grad is not None for p in reduced.model.blocks.parameters())
 
 
+@pytest.mark.parametrize("name", HOSTS)
+def test_every_method_gives_whole_maps_on_every_host(name: str) -> None:
+    host, images = make_host(name), pictures(3)
+    for method in evovit.list_methods():
+        reduced = wrap(host, method, find_method(method).example)
+        if method == "sit":
+            with pytest.raises(evovit.EvoViTError, match="no place on the grid"):
+                maps(reduced, images)
+            continue
+        found, alone = maps(reduced, images, norm=True), maps(reduced, images[1:2], norm=True)
+        for map_, one in zip(found, alone, strict=True):
+            assert map_.shape == (3, adapt(host).spec.dims[0], 4, 4) and map_.isfinite().all()
+            assert torch.allclose(map_[1:2], one, rtol=1e-4, atol=1e-4)
+
+
 # timm's other promises
 
 

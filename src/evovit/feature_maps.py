@@ -40,7 +40,7 @@ class FeatureNet(nn.Module):
         self.feature_info = FeatureInfo(told, tuple(places))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Return the maps, (B, C, rows, columns) each, of images (B, channels, height, width)."""
+        """Return the maps, (B, C, rows, columns) each or as asked, of images (B, channels, height, width)."""
         maps: list[Tensor] = self.model.forward_intermediates(
             images, self.out_indices, stop_early=True, intermediates_only=True, **self.options
         )

@@ -137,6 +137,16 @@ def assert_masked_head(host: nn.Module, images: Tensor) -> None:
         assert relative_error(whole, host.forward_head(features)) < 1e-5
 
 
+def assert_maps(host: nn.Module, images: Tensor) -> None:
+    """Compare the first and the last feature map, normed, and the final features with the host's own."""
+    dense, told = reduce_tokens(host, "dense", verify=False), {"indices": [0, -1], "norm": True}
+    with torch.no_grad():
+        ours, theirs = (model.forward_intermediates(images, **told) for model in (dense, host))
+    assert relative_error(ours[0], theirs[0]) < 1e-5
+    for our_map, their_map in zip(ours[1], theirs[1], strict=True):
+        assert relative_error(our_map, their_map) < 1e-5
+
+
 def test_walk_is_complete() -> None:
     names = timm_names()
     assert set(REFUSED) <= set(names)
@@ -156,6 +166,7 @@ def test_exact_or_refused(name: str) -> None:
     images = image_pair(host.patch_embed.img_size)
     assert_exact(host, images)
     assert_masked_head(host, images)
+    assert_maps(host, images)
     with torch.no_grad():
         outputs = reduce_tokens(host, "evo_vit", verify=False, **options).run(images, record=True)
     assert outputs.logits.isfinite().all()

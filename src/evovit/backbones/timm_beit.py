@@ -15,7 +15,8 @@ from evovit.backbones import adapter
 from evovit.backbones.base import Backbone, Block, Mix, Stage, expect_class, expect_parts, raster_tokens
 from evovit.backbones.timm_heads import masked_logits
 from evovit.backbones.timm_relative import biased_output, placed_bias, relative_spec
-from evovit.backbones.timm_rope_blocks import projected
+from evovit.backbones.timm_rope_blocks import projected, projected_for
+from evovit.ops.select import prefix_queries
 from evovit.tokens import QKV, Tokens
 
 HOST_PARTS = (
@@ -48,8 +49,16 @@ class BeitBlock(Block):
         expect_parts(self.block.attn, ATTENTION_PARTS, what)
 
     def qkv(self, tokens: Tokens) -> QKV:
+        return self._placed(projected(self.block.attn, self.block.norm1(tokens.x)), tokens)
+
+    def prefix_qkv(self, tokens: Tokens) -> QKV:
+        x, num_prefix = self.block.norm1(tokens.x), tokens.num_prefix
+        each = projected_for(self.block.attn, x, x[:, :num_prefix])
+        return prefix_queries(self._placed(each, tokens), num_prefix)
+
+    def _placed(self, each: Sequence[Tensor], tokens: Tokens) -> QKV:
+        """Return projected q, k, v (B, T or P, H * D) by heads, with the host's bias."""
         attn = self.block.attn
-        each = projected(attn, self.block.norm1(tokens.x))
         q, k, v = (y.reshape(*y.shape[:2], attn.num_heads, -1).transpose(1, 2) for y in each)  # (B, H, T, D)
         bias = self.shared
         if attn.relative_position_bias_table is not None:

@@ -93,6 +93,11 @@ def own_options(pretrained: bool, kwargs: dict[str, Any], what: str, call: str) 
             f"No {what} are hosted; download the authors' checkpoint and use evovit.{call}, or create the "
             "model with pretrained=False."
         )
+    if kwargs.pop("features_only", False):
+        raise EvoViTError(
+            "features_only is True, and a reduced model gives its maps by evovit.features; create it without "
+            "and wrap it: evovit.features(model, out_indices=...)."
+        )
     own = checked_arguments(kwargs)
     return {key: value for key, value in own.items() if key not in REGISTRY_ONLY}
 
