@@ -223,11 +223,7 @@ def test_what_fails_in_a_process_that_reads_is_one_sentence(workers: int, tmp_pa
     with pytest.raises(EvoViTError) as caught:
         read(images)
     text = str(caught.value)
-    assert (
-        "cannot be augmented (ValueError: no way)" in text
-        and "Traceback" not in text
-        and "rocess" not in text
-    )
+    assert "cannot be augmented (ValueError: no way)" in text and "Traceback" not in text and len(text) < 300
 
 
 def fails(image: Any) -> Any:
