@@ -90,3 +90,8 @@ def test_the_mask_is_the_digits_ink_and_lies_in_its_box() -> None:
 def test_wrong_arguments_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(EvoViTError):
         digit_scenes(**{"split": "train", "num_scenes": 4, **bad})
+
+
+def test_scenes_that_do_not_fit_into_memory_are_refused_before_any_is_drawn() -> None:
+    with pytest.raises(EvoViTError, match="do not fit into memory; ask for fewer"):
+        digit_scenes("train", 100_000_000, size=4096)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import evovit
 from evovit import cli
@@ -80,6 +81,34 @@ def test_interrupted_says_how_to_go_on(
         cli.main(["train"])
     assert exit_.value.code == 130
     assert "the same command again goes on where it stopped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(36, "File name too long", "a" * 5000), "evovit: File name too long: 'aaa"),
+        (PermissionError(13, "Permission denied", "x\ny"), r"evovit: Permission denied: 'x\ny'"),
+        (MemoryError(), "evovit: Memory does not suffice"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+            "evovit: Memory",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "evovit: Memory does not"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_sentence(
+    error: Exception, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from evovit.commands import train
+
+    def fails(recipe: str = "") -> None:
+        raise error
+
+    monkeypatch.setattr(train, "train", fails)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train"])
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2 and said.startswith(told) and said.count("\n") == 1, said
 
 
 def test_a_reader_who_leaves_early_is_no_traceback() -> None:

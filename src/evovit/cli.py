@@ -55,10 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"evovit {version('evovit')}")
         return
     if name not in COMMANDS:
-        from evovit.errors import nearest
+        from evovit.errors import nearest, shown
 
         there = f"the commands are {', '.join(COMMANDS)}"
-        sys.exit(_refuse(f"there is no command {name!r}; {there}.{nearest(name, COMMANDS)}"))
+        sys.exit(_refuse(f"there is no command {shown(name)}; {there}.{nearest(name, COMMANDS)}"))
     with _interrupts() as received:
         try:
             _call(name, rest)
@@ -97,7 +97,7 @@ def _interrupts() -> Iterator[list[int]]:
 
 def _call(name: str, rest: Sequence[str]) -> None:
     """Call a command with its arguments; wrong input and a full disk are one sentence."""
-    from evovit.errors import EvoViTError
+    from evovit.errors import EvoViTError, in_one_line, is_out_of_memory, shown
 
     try:
         import tyro
@@ -111,11 +111,22 @@ def _call(name: str, rest: Sequence[str]) -> None:
         _close_output()
         sys.exit(141)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno is None or error.strerror is None:
             raise
-        _close_output()
-        where = error.filename or "where the output goes"
-        sys.exit(_refuse(f"{error.strerror}: {where}; make room and give the same command again."))
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full:
+            _close_output()
+        where = shown(error.filename) if error.filename else "where the output goes"
+        advice = (
+            "make room and give the same command again" if full else "give another path, or mend this one"
+        )
+        sys.exit(_refuse(f"{error.strerror}: {where}; {advice}."))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.exit(
+            _refuse(f"Memory does not suffice ({in_one_line(error)}); ask for less, such as a smaller batch.")
+        )
 
 
 def _close_output() -> None:

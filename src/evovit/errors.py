@@ -62,6 +62,14 @@ def in_one_line(error: BaseException) -> str:
     return PLAIN_ONLY if "weights_only" in text else _cut(text, 2 * LONGEST).rstrip(".")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory, of this machine or its GPU, did not suffice; PyTorch has no kind for the CPU's."""
+    words = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
 def _cut(text: str, longest: int) -> str:
     text = " ".join(printable(text).split())
     return text if len(text) <= longest else f"{text[:longest]}..."

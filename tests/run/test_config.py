@@ -228,7 +228,7 @@ def test_a_recipe_of_version_0_1_reads_as_an_equal_one(path: Path, tmp_path: Pat
         ("method.selection=random", ("method", "options", "selection"), "random"),
         ("method.fast_update=false", ("method", "options", "fast_update"), False),
         ("model.options.depth=6", ("model", "options", "depth"), 6),
-        ("run.ema_decay=1", ("run", "ema_decay"), 1.0),
+        ("learning_rate.base=1", ("learning_rate", "base"), 1.0),
     ],
 )
 def test_overrides_are_typed_as_in_toml(
@@ -251,7 +251,17 @@ def test_overrides_are_typed_as_in_toml(
         ("run.epochs=0", "allowed is a whole number, 1 or more"),
         ("run.precision=fp8", "allowed is fp32, bf16 or fp16"),
         ("run.compile=1", "allowed is true or false"),
-        ("learning_rate.base=nan", "allowed is a number, 0 or more"),
+        ("learning_rate.base=nan", "allowed is a number from 0 to 100"),
+        ("learning_rate.base=1e30", "allowed is a number from 0 to 100"),
+        ("optimizer.weight_decay=1e300", "allowed is a number from 0 to 100"),
+        ("optimizer.eps=1e300", "allowed is a number from 1e-30 to 1"),
+        ("objective.temperature=1e300", "allowed is a number from 0.01 to 1000"),
+        ("data.mixup=1e308", "allowed is a number from 0 to 100"),
+        ("data.workers=100000", "allowed is a whole number from 0 to 256"),
+        ("data.repeats=2147483647", "allowed is a whole number from 1 to 1000"),
+        ("data.token_label_grid=100000", "allowed is a whole number from 1 to 1000"),
+        ("model.num_classes=1000000000", "allowed is a whole number from 0 to 1000000"),
+        ("run.ema_decay=1", "allowed is a number, 0 or more, below 1"),
         ("learning_rate.warm_up_epochs=3", "allowed is below run.epochs, 3"),
         ("data.erase=0.25", "no effect on digits"),
         ("data.source=/somewhere", None),
@@ -272,8 +282,64 @@ def test_wrong_recipes_are_refused(path: Path, override: str, sentence: str | No
 
 
 @pytest.mark.parametrize(
+    "policy",
+    [
+        *(
+            "weird",
+            "1",
+            "-",
+            "../..",
+            "random",
+            "RAND-m9",
+            "rand_m9",
+            "rand-m9 ",
+            "rand-m9;n2",
+            "rand-",
+            "rand-m",
+        ),
+        *(
+            "rand-mx",
+            "rand-m-1",
+            "rand-m1e3",
+            "rand-m99999",
+            "rand-n0",
+            "rand-n1.5",
+            "rand-n999999",
+            "rand-inc",
+        ),
+        *(
+            "rand-p9",
+            "rand-p-1",
+            "rand-mstdnan",
+            "rand-mstd-1",
+            "rand-w0",
+            "rand-tx",
+            "rand-m9-x9",
+            "original-m9",
+        ),
+        *("augmix-m99999", "augmix-w0", "augmix-w99", "3b", "v1", "\\n", "$\\frac$"),
+    ],
+)
+def test_words_that_are_no_policy_of_timm_are_refused(path: Path, policy: str) -> None:
+    with pytest.raises(EvoViTError, match=r"data\.rand_augment is .* give a policy of timm"):
+        read_recipe(path, ["data.source=/somewhere", f"data.rand_augment='{policy}'"])
+
+
+@pytest.mark.parametrize(
     ("override", "sentence"),
     [
+        ("model.options.num_classes=2", "said elsewhere: set model.num_classes"),
+        ("model.options.in_chans=1", "images of 1 channels; only colours"),
+        ("model.options.depth=1000000000", "depth is 1000000000; allowed is a whole number from 1 to 1000"),
+        ("model.options.img_size=1000000", "img_size is 1000000; allowed is a whole number from 1 to 16384"),
+        (
+            "model.options.embed_dim=1000000",
+            "embed_dim is 1000000; allowed is a whole number from 1 to 65536",
+        ),
+        ("model.options.features_only=true", "features_only, which says nothing about a host"),
+        ("model.options.scriptable=x", "scriptable, which says nothing about a host"),
+        (f"model.weights={'a' * 5000}", "is no path"),
+        (f"objective.teacher={'a' * 5000}", "is no path"),
         ("model.name=vit_tiny_patch61_224", "Did you mean 'vit_tiny_patch16_224'"),
         ("model.options.dept=4", "timm cannot make"),
         ("method.start_block=4", "start_block is 4; allowed is 1 to 3"),
@@ -282,8 +348,9 @@ def test_wrong_recipes_are_refused(path: Path, override: str, sentence: str | No
     ],
 )
 def test_the_model_is_checked_without_memory(path: Path, override: str, sentence: str) -> None:
+    more = ["objective.distillation=hard"] if override.startswith("objective.teacher") else []
     with pytest.raises(EvoViTError, match=sentence):
-        check_recipe(read_recipe(path, [override]))
+        check_recipe(read_recipe(path, [override, *more]))
 
 
 def test_missing_and_broken_files_are_sentences(tmp_path: Path) -> None:

@@ -189,6 +189,47 @@ def test_wrong_folders_are_sentences(tmp_path: Path, break_it: Any, sentence: st
         PictureImages(recipe_for(folder), 24, COLOURS)
 
 
+@pytest.mark.parametrize(
+    "split", ["", ".", "..", "../x", "val/../train", "/", "/etc", "a" * 300, "a/" * 3000]
+)
+def test_a_split_is_a_sub_folder(split: str, tmp_path: Path) -> None:
+    write_images(tmp_path)
+    with pytest.raises(EvoViTError, match="no sub-folder|is no path"):
+        open_reader(str(tmp_path), split)
+
+
+@pytest.mark.parametrize("split", ["", "*", "tr*", "[a]", "?", "train/..", "a/" * 3000])
+def test_a_split_of_shards_is_a_part_of_their_names(split: str, tmp_path: Path) -> None:
+    write_shards(tmp_path, "train", [0, 1])
+    with pytest.raises(EvoViTError, match="no part of a file's name"):
+        open_reader(f"wds/{tmp_path}", split)
+
+
+@pytest.mark.parametrize(
+    "policy", ["rand-m9-mstd0.5-inc1", "original-mstd0.5", "v0r", "3a", "augmix-m10-w2-d1-b1"]
+)
+def test_every_policy_of_timm_augments(policy: str, tmp_path: Path) -> None:
+    images = PictureImages(recipe_for(write_images(tmp_path), rand_augment=policy), 24, COLOURS)
+    for epoch in range(6):
+        assert all(batch[0].isfinite().all() for batch in read(images, epoch)[0])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("workers", [0, 1 + (os.cpu_count() or 1)])
+def test_what_fails_in_a_process_that_reads_is_one_sentence(workers: int, tmp_path: Path) -> None:
+    images = PictureImages(recipe_for(write_images(tmp_path), workers=workers), 24, COLOURS)
+    assert len(read(images)[0]) == 3  # and nothing is warned of, however few the cores
+    images.pictures.transform = fails
+    with pytest.raises(EvoViTError) as caught:
+        read(images)
+    text = str(caught.value)
+    assert "cannot be augmented (ValueError: no way)" in text and "Traceback" not in text and len(text) < 300
+
+
+def fails(image: Any) -> Any:
+    raise ValueError("no\nway")
+
+
 def test_an_empty_folder_and_a_missing_package_are_sentences(tmp_path: Path) -> None:
     for split in ("train", "val"):
         (tmp_path / split).mkdir()

@@ -20,6 +20,7 @@ from evovit.recipe.reading import parse_recipe
 from evovit.recipe.tables import ObjectiveTable
 from evovit.runtime.world import World
 from evovit.tokens import Tokens
+from evovit.train.build import check_recipe
 from evovit.train.objective import Objective
 from evovit.train.token_labels import Labels, draw_box, mix_labels, mix_tokens, soft_labels, token_loss
 from tests.conftest import make_host, pictures
@@ -241,6 +242,12 @@ def test_dense_labels_show_what_the_augmented_image_shows(tmp_path: Path) -> Non
         "run": {"epochs": 6},
     }
     tables["data"]["token_labels"] = str(tmp_path / "labels")
+    nowhere = tables | {"data": tables["data"] | {"token_labels": str(tmp_path / "nowhere")}}
+    with pytest.raises(EvoViTError, match=r"where no image has its labels, such as .*nowhere/a/one\.pt"):
+        open_images(parse_recipe(nowhere), 32, ((0.0,) * 3, (1.0,) * 3))
+    other = tables | {"data": tables["data"] | {"token_label_grid": 7}}
+    with pytest.raises(EvoViTError, match="token_label_grid is 7, but the model has 4 x 4 patches"):
+        check_recipe(parse_recipe(other))
     data = open_images(parse_recipe(tables), 32, ((0.0,) * 3, (1.0,) * 3))
     flips = set()
     for epoch in range(8):

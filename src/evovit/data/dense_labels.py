@@ -49,7 +49,7 @@ class DenseLabels:
             place: the seeds under which the image is augmented.
             name: path of the image.
         """
-        path = self.folder / Path(name).parent.name / f"{Path(name).stem}.pt"
+        path = self.path_of(name)
         if not path.is_file():
             shares = torch.zeros(1 + self.grid**2, self.num_classes)
             shares[:, label] = 1
@@ -58,6 +58,10 @@ class DenseLabels:
             box, flipped = self.drawn(place, image)
             shares = crop_label_map(label_map, box, self.grid, flipped).softmax(1)
         return (shares * (1 - self.smoothing) + self.smoothing / self.num_classes).half()
+
+    def path_of(self, name: str) -> Path:
+        """Return where the labels of an image of this path are, if it has any."""
+        return self.folder / Path(name).parent.name / f"{Path(name).stem}.pt"
 
     def drawn(self, place: Sequence[object], image: Image.Image) -> tuple[tuple[float, ...], bool]:
         """Return left, top, right, bottom of the crop as shares of the image, and whether it is flipped."""

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from evovit.errors import check_choice, check_count
+from evovit.errors import EvoViTError, check_choice, check_count
 
 Split = Literal["train", "test"]
 
@@ -81,11 +81,22 @@ def digit_scenes(
     seed = check_count("seed", seed, 0, 2**63 - 1)
     source = digits(split)
     rng = torch.Generator().manual_seed(seed)
-    chunks = [
-        _draw(source, min(CHUNK, num_scenes - start), size, num_fragments, rng)
-        for start in range(0, num_scenes, CHUNK)
-    ]
-    return Scenes(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+    try:  # all of the memory before a long while of drawing
+        scenes = Scenes(
+            torch.empty(num_scenes, 3, size, size),
+            torch.empty(num_scenes, dtype=torch.int64),
+            torch.empty(num_scenes, 4),
+            torch.empty(num_scenes, dtype=torch.int64),
+        )
+    except RuntimeError as error:
+        raise EvoViTError(
+            f"{num_scenes} scenes of {size} x {size} pixels do not fit into memory; ask for fewer."
+        ) from error
+    for start in range(0, num_scenes, CHUNK):
+        part = _draw(source, min(CHUNK, num_scenes - start), size, num_fragments, rng)
+        for whole, drawn in zip(scenes, part, strict=True):
+            whole[start : start + CHUNK] = drawn
+    return scenes
 
 
 def _draw(source: Digits, num: int, size: int, num_fragments: int, rng: torch.Generator) -> Scenes:

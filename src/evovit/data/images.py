@@ -75,7 +75,7 @@ class Images(ABC):
         repeats = self.recipe.data.repeats
         generator = torch.Generator().manual_seed(seed_for(self.recipe.run.seed, "order", epoch))
         shuffled = torch.randperm(self.length, generator=generator)
-        return shuffled.repeat_interleave(repeats)[: self.length].tolist()
+        return shuffled[: -(-self.length // repeats)].repeat_interleave(repeats)[: self.length].tolist()
 
     @abstractmethod
     def read_train(self, epoch: int, chosen: Chosen, device: torch.device) -> Iterator[Batch]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +14,19 @@ import numpy
 import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform
-from timm.data.auto_augment import RandAugment
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from evovit.data.dense_labels import DenseLabels
 from evovit.data.images import TEST_BATCH, Batch, Chosen, DigitImages, Images
 from evovit.data.readers import names_of_classes, open_reader
-from evovit.errors import EvoViTError, printable
+from evovit.errors import EvoViTError, in_one_line, printable, shown
 from evovit.recipe.tables import Recipe
 from evovit.runtime.seeds import seeded
 from evovit.runtime.world import World
 
 GRACE = 60  # seconds
+LOOKED_AT = 1000  # images whose dense labels are looked for before a training
 
 
 class Unreadable(NamedTuple):
@@ -33,6 +34,9 @@ class Unreadable(NamedTuple):
 
     path: str
     why: str
+
+
+Item = tuple[Tensor, int | Tensor] | Unreadable | EvoViTError  # image and target, or why there are none
 
 
 @dataclass
@@ -43,7 +47,7 @@ class Pictures(Dataset[Any]):
     transform: Callable[[Any], Tensor]
     dense: DenseLabels | None = None
 
-    def __getitem__(self, key: tuple[tuple[object, ...], int]) -> tuple[Tensor, int | Tensor] | Unreadable:
+    def __getitem__(self, key: tuple[tuple[object, ...], int]) -> Item:
         place, row = key
         try:
             file, label = self.reader[row]
@@ -52,11 +56,18 @@ class Pictures(Dataset[Any]):
         except Exception as error:  # Pillow raises many kinds for damaged files
             name = printable(self.reader.filename(row, absolute=True))
             return Unreadable(name, printable(f"{type(error).__name__}: {error}"))
-        with seeded(*place):
-            augmented = self.transform(image)
-        if self.dense is None:
-            return augmented, int(label)
-        return augmented, self.dense(place, self.reader.filename(row, absolute=True), image, int(label))
+        try:
+            with seeded(*place):
+                augmented = self.transform(image)
+            if self.dense is None:
+                return augmented, int(label)
+            return augmented, self.dense(place, self.reader.filename(row, absolute=True), image, int(label))
+        except EvoViTError as error:  # raised here, it would bring the trace of this process along
+            return error
+        except Exception as error:
+            told = f"{type(error).__name__}: {in_one_line(error)}"
+            name = shown(Path(self.reader.filename(row, absolute=True)))
+            return EvoViTError(f"{name} cannot be augmented ({told}); change [data], or move it away.")
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -97,6 +108,8 @@ class PictureImages(Images):
         smoothing, crop = recipe.objective.label_smoothing, augment.transforms[0]
         shared_labels = (data.token_label_grid, self.num_classes, smoothing, crop, data.flip)
         dense = DenseLabels(Path(data.token_labels), *shared_labels) if data.token_labels else None
+        if dense:
+            check_labels(dense, readers[data.train_split])
         self.pictures = Pictures(readers[data.train_split], augment, dense)
         plain = create_transform(**shared, crop_pct=data.crop_pct)
         self.test_pictures = Pictures(readers[data.test_split], plain)
@@ -115,16 +128,22 @@ class PictureImages(Images):
 
     def _load(self, pictures: Pictures, keys: Iterable[list[Any]], device: torch.device) -> Iterator[Batch]:
         workers, own = self.recipe.data.workers, torch.Generator()  # else it draws from the training's
-        loader = DataLoader(
-            pictures,
-            batch_sampler=keys,
-            collate_fn=list,
-            num_workers=workers,
-            generator=own,
-            worker_init_fn=outlive_sigterm,
-        )
-        for items in begin(loader):
+        with warnings.catch_warnings():
+            # Twice, and long; more processes than cores are right where the disk is slow.
+            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+            loader = DataLoader(
+                pictures,
+                batch_sampler=keys,
+                collate_fn=list,
+                num_workers=workers,
+                generator=own,
+                worker_init_fn=outlive_sigterm,
+            )
+            batches = begin(loader)
+        for items in batches:
             for item in items:
+                if isinstance(item, EvoViTError):
+                    raise item
                 if isinstance(item, Unreadable):
                     self._report(item)
             whole = [item for item in items if not isinstance(item, Unreadable)]
@@ -143,6 +162,16 @@ class PictureImages(Images):
                 f"{len(self.unreadable)} images cannot be read, data.max_corrupt is {limit}; the last: "
                 f"{item.path} ({item.why})."
             )
+
+
+def check_labels(dense: DenseLabels, reader: Any) -> None:
+    """Raise `EvoViTError` where not one of many images has a file of labels."""
+    rows = range(0, len(reader), -(-len(reader) // LOOKED_AT))
+    if not any(dense.path_of(reader.filename(row, absolute=True)).is_file() for row in rows):
+        raise EvoViTError(
+            f"data.token_labels is {shown(dense.folder)}, where no image has its labels, such as "
+            f"{shown(dense.path_of(reader.filename(0, absolute=True)))}; give the folder of class folders."
+        )
 
 
 def begin(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -173,9 +202,10 @@ def stacked(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def allow_black(augment: Any) -> None:
-    """Let the posterize of timm's RandAugment keep 0 bits, an all-black image, which Pillow 13 refuses."""
+    """Let the posterize of timm's policies keep 0 bits, an all-black image, which Pillow 13 refuses."""
     for part in augment.transforms:
-        for op in part.ops if isinstance(part, RandAugment) else []:
+        policy = getattr(part, "policy", ())
+        for op in [*getattr(part, "ops", ()), *(op for ops in policy for op in ops)]:
             if op.name.startswith("Posterize"):
                 op.aug_fn = posterize
 

@@ -9,7 +9,8 @@ from timm.data.readers import create_reader
 
 from evovit.data.folder import FolderReader
 from evovit.data.shards import ShardReader
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, shown
+from evovit.runtime.files import as_path
 
 
 def open_reader(source: str, split: str) -> Any:
@@ -22,8 +23,10 @@ def open_reader(source: str, split: str) -> Any:
         except Exception as error:
             raise EvoViTError(f"{source}, split {split!r}, cannot be opened: {error}.") from error
     if source.lower().startswith("wds/"):
-        return ShardReader(Path(source[4:]), split)
-    place = Path(source) / split
+        return ShardReader(as_path(source[4:], "data.source"), split)
+    if Path(split).is_absolute() or ".." in Path(split).parts or Path(split) == Path():
+        raise EvoViTError(f"The split {shown(split)} is no sub-folder of {shown(Path(source))}; name one.")
+    place = as_path(Path(source) / split, "data.source with its split")
     if not place.exists():
         inside = sorted(path.name for path in Path(source).iterdir()) if Path(source).is_dir() else []
         there = f"it holds {', '.join(inside[:8])}" if inside else "nothing is there"

@@ -11,7 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, shown
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm")
 LABEL = "cls"
@@ -38,7 +38,11 @@ class ShardReader:
     """
 
     def __init__(self, folder: Path, split: str) -> None:
-        self.shards = sorted(folder.glob(f"*{split}*.tar"))
+        if not split or set(split) & set("*?[]/\\"):
+            raise EvoViTError(
+                f"The split {shown(split)} is no part of a file's name; give one, such as train."
+            )
+        self.shards = sorted(path for path in folder.glob(f"*{split}*.tar") if path.is_file())
         if not self.shards:
             raise EvoViTError(f"{str(folder)!r} holds no shard *{split}*.tar; set data.source and splits.")
         self.samples = [sample for i in range(len(self.shards)) for sample in self._read_shard(i)]

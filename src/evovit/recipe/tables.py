@@ -5,16 +5,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 import tomli_w
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, Lt
 
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, shown
 from evovit.methods import DENSE, build_config, find_method
 from evovit.options import MOST, Count, Number, Options, Share, Weight, option
+
+Rate = Annotated[float, Ge(0), Le(100)]  # of learning, of decay
+MSTD = r"mstd\d{1,3}(\.\d+)?"
+POLICIES = (  # timm's, of which it takes any other word for no policy, or for nothing said
+    r"|rand(-(m([12]?\d|30)|n[1-9]|p(0?\.\d+|[01])|mmax\d\d?|inc[01]|t(weights|3aw?)|" + MSTD + "))*"
+    r"|(originalr?|v0r?|3a)(-" + MSTD + ")?"
+    r"|augmix(-(m(\d|10)|w[1-9]|d[1-9]|a[1-9]|b[01]|" + MSTD + "))*"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +33,9 @@ class ModelTable(Options):
     title: ClassVar[str] = "model."
 
     name: str = option(meaning="a timm name, or small_vit, the small ViT of the quickstart")
-    num_classes: Number = option(0, "classes of the head; 0: as many as the data has")
+    num_classes: Annotated[int, Ge(0), Le(1_000_000)] = option(
+        0, "classes of the head; 0: as many as the data has"
+    )
     drop_path: Annotated[float, Ge(0), Le(0.95)] = option(
         0.0, "stochastic depth at the last block, growing from 0"
     )
@@ -62,18 +73,24 @@ class DataTable(Options):
     )
     test_split: str = option("val", "the same of the test images")
     batch_size: Count = option(meaning="images per update over all devices: the EFFECTIVE batch")
-    workers: Number = option(4, "processes per device that read images")
+    workers: Annotated[int, Ge(0), Le(256)] = option(4, "processes per device that read images")
     max_corrupt: Number = option(10, "unreadable images, each reported, before the run stops")
-    repeats: Count = option(1, "repeated augmentation: copies of an image per epoch (DeiT: 3)")
+    repeats: Annotated[int, Ge(1), Le(1000)] = option(
+        1, "repeated augmentation: copies of an image per epoch (DeiT: 3)"
+    )
     crop_scale: Annotated[float, Ge(0.01), Le(1)] = option(0.08, "least share of the area in a random crop")
     flip: Share = option(0.5, "chance of a horizontal flip")
     rand_augment: str = option("", "timm's policy string (DeiT: rand-m9-mstd0.5-inc1); empty: none")
     colour_jitter: Share = option(0.0, "strength; without effect, so refused, beside rand_augment")
     erase: Share = option(0.0, "chance of random erasing, per-pixel noise")
-    mixup: Weight = option(0.0, "alpha of mixup; 0: off")
-    cutmix: Weight = option(0.0, "alpha of cutmix; 0: off; with both on each is used half of the time")
+    mixup: Annotated[float, Ge(0), Le(100)] = option(0.0, "alpha of mixup; 0: off")
+    cutmix: Annotated[float, Ge(0), Le(100)] = option(
+        0.0, "alpha of cutmix; 0: off; with both on each is used half of the time"
+    )
     token_labels: str = option("", "folder of dense labels (TokenLabeling); empty: patches have the image's")
-    token_label_grid: Count = option(14, "cells of a side of the dense labels: the model's grid")
+    token_label_grid: Annotated[int, Ge(1), Le(1000)] = option(
+        14, "cells of a side of the dense labels: the model's grid"
+    )
     crop_pct: Annotated[float, Ge(0.1), Le(1)] = option(
         0.875, "side of the test crop over the resized shorter side"
     )
@@ -82,6 +99,14 @@ class DataTable(Options):
     fragments: Number = option(
         4, "digits: distracting fragments in a scene, from 0 up to these at half the epochs"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(POLICIES, self.rand_augment):
+            raise EvoViTError(
+                f"data.rand_augment is {shown(self.rand_augment)}; give a policy of timm, such as "
+                "rand-m9-mstd0.5-inc1, or leave it empty."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +125,7 @@ class ObjectiveTable(Options):
     teacher: str = option("", "a timm name, or the folder of a finished run; frozen")
     teacher_weights: str = option("", "file for a timm teacher; empty: timm's published weights")
     alpha: Share = option(0.5, "weight of the distillation; the labels get 1 - alpha")
-    temperature: Annotated[float, Ge(0.01)] = option(1.0, "of soft distillation")
+    temperature: Annotated[float, Ge(0.01), Le(1000)] = option(1.0, "of soft distillation")
     token_distillation: Weight = option(0.0, "weight of the squared distance to the teacher's patch tokens")
     token_label_weight: Weight = option(
         0.0, "weight of the loss of every patch token (LV-ViT's token labelling: 1)"
@@ -117,10 +142,10 @@ class OptimizerTable(Options):
     name: Literal["adamw", "muon"] = option(
         "adamw", "muon: Muon for the blocks' matrices, AdamW for the rest"
     )
-    weight_decay: Weight = option(0.05, "decoupled")
+    weight_decay: Rate = option(0.05, "decoupled")
     beta1: Annotated[float, Ge(0), Le(0.9999)] = option(0.9, "decay of AdamW's first moment")
     beta2: Annotated[float, Ge(0), Le(0.999999)] = option(0.999, "decay of AdamW's second moment")
-    eps: Annotated[float, Ge(1e-30)] = option(1e-08, "of AdamW")
+    eps: Annotated[float, Ge(1e-30), Le(1)] = option(1e-08, "of AdamW")
     clip_norm: Weight = option(0.0, "largest norm of the whole gradient; 0: off")
     adaptive_clip: Weight = option(0.0, "largest ratio of a unit's gradient norm to its weight norm; 0: off")
     rate_factors: str = option(
@@ -155,14 +180,12 @@ class LearningRateTable(Options):
 
     title: ClassVar[str] = "learning_rate."
 
-    base: Weight = option(
-        meaning="peak of AdamW's rate for a batch of reference_batch; scaled with the batch"
-    )
+    base: Rate = option(meaning="peak of AdamW's rate for a batch of reference_batch; scaled with the batch")
     reference_batch: Count = option(512, "images to which base and run.ema_decay refer")
-    muon: Weight = option(0.02, "peak of Muon's rate for a batch of reference_batch")
+    muon: Rate = option(0.02, "peak of Muon's rate for a batch of reference_batch")
     warm_up_epochs: Weight = option(5.0, "rise from warm_up_start; may be a fraction")
-    warm_up_start: Weight = option(1e-06, "first rate, not scaled")
-    minimum: Weight = option(1e-05, "last rate, not scaled")
+    warm_up_start: Rate = option(1e-06, "first rate, not scaled")
+    minimum: Rate = option(1e-05, "last rate, not scaled")
     last_epochs: Number = option(0, "of run.epochs, after the cosine: at the last rate")
 
 
@@ -185,7 +208,9 @@ class RunTable(Options):
     activation_checkpointing: bool = option(
         False, "recompute each block in the backward pass: less memory, more time"
     )
-    ema_decay: Share = option(0.0, "of a moving average of the weights, per reference_batch images; 0: none")
+    ema_decay: Annotated[float, Ge(0), Lt(1)] = option(
+        0.0, "of a moving average of the weights, per reference_batch images; 0: none"
+    )
     reduce_from_epoch: Number = option(0, "the first epoch that reduces tokens (supplement, starting epoch)")
     reduce_ramp_epochs: Number = option(
         0, "epochs over which the share of reduced tokens grows to its full value"

@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from evovit.data.digits import MEAN, NUM_CLASSES, STD
 from evovit.data.images import Images
 from evovit.data.pictures import open_images
-from evovit.errors import EvoViTError, nearest
+from evovit.errors import EvoViTError, nearest, shown
 from evovit.hosts import create_host
 from evovit.methods import DENSE
 from evovit.model import ReducedViT, backbone_of, reduce_tokens
 from evovit.recipe.reading import read_recipe
 from evovit.recipe.tables import Recipe
-from evovit.runtime.files import check_fit, read_state_dict
+from evovit.runtime.files import as_path, check_fit, read_state_dict
 from evovit.runtime.seeds import seed_for
 from evovit.train.objective import Objective
 from evovit.train.optimizers import build_optimizers
 from evovit.train.state import read_weights
 
+CHANNELS = 3
 Colours = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel
 
 
@@ -37,6 +38,10 @@ def build_model(recipe: Recipe, num_classes: int, *, weights: bool = True) -> nn
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(recipe.run.seed, "weights"))
         table = recipe.model
+        if "num_classes" in table.options:
+            raise EvoViTError(
+                "model.options has num_classes, which is said elsewhere: set model.num_classes."
+            )
         drop_path = {"drop_path_rate": table.drop_path} if table.drop_path else {}
         host = create_host(
             table.name,
@@ -74,12 +79,22 @@ def check_recipe(recipe: Recipe) -> tuple[int, Colours]:
         the side of the images in pixels; mean and standard deviation of their colours.
     """
     classes = recipe.model.num_classes or NUM_CLASSES
-    if recipe.model.weights and not Path(recipe.model.weights).is_file():
-        raise EvoViTError(f"model.weights: there is no file {recipe.model.weights!r}.")
+    if recipe.model.weights and not as_path(recipe.model.weights, "model.weights").is_file():
+        raise EvoViTError(f"model.weights: there is no file {shown(Path(recipe.model.weights))}.")
     with torch.device("meta"):
         model = build_model(recipe, classes, weights=False)
         build_objective(recipe, model, classes, weights=False)
         build_optimizers(recipe, model)
+    channels, grid = backbone_of(model).image_shape[0], backbone_of(model).spec.grid
+    if channels != CHANNELS:
+        raise EvoViTError(
+            f"The model is for images of {channels} channels; only colours, {CHANNELS}, are read."
+        )
+    cells = recipe.data.token_label_grid
+    if recipe.data.token_labels and grid != (cells, cells):
+        raise EvoViTError(
+            f"data.token_label_grid is {cells}, but the model has {grid[0]} x {grid[1]} patches; set it so."
+        )
     return image_side(model), colours_of(recipe, model)
 
 
@@ -104,8 +119,9 @@ def colours_of(recipe: Recipe, model: nn.Module) -> Colours:
 def build_objective(recipe: Recipe, model: nn.Module, num_classes: int, *, weights: bool = True) -> Objective:
     """Join a model with its teacher and losses; without `weights` theirs, or the teacher, may be left out."""
     goal = recipe.objective
-    if goal.teacher_weights and not Path(goal.teacher_weights).is_file():
-        raise EvoViTError(f"objective.teacher_weights: there is no file {goal.teacher_weights!r}.")
+    weights_at = goal.teacher_weights and as_path(goal.teacher_weights, "objective.teacher_weights")
+    if weights_at and not weights_at.is_file():
+        raise EvoViTError(f"objective.teacher_weights: there is no file {shown(weights_at)}.")
     if not goal.teacher:
         if weights and isinstance(model, ReducedViT) and model.method.needs_teacher:
             raise EvoViTError(
@@ -113,7 +129,7 @@ def build_objective(recipe: Recipe, model: nn.Module, num_classes: int, *, weigh
                 "objective.teacher, or the method's token_weight to 0."
             )
         return Objective(model, goal)
-    if (Path(goal.teacher) / "recipe.toml").is_file():
+    if as_path(Path(goal.teacher) / "recipe.toml", "objective.teacher").is_file():
         taught = read_recipe(Path(goal.teacher) / "recipe.toml")
         teacher = build_model(taught, num_classes, weights=False)
         if weights:
