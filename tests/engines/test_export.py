@@ -277,7 +277,7 @@ def test_missing_packages_are_told_with_what_brings_them(
         (["deit_tiny_patch16_224", "--to", "pt2", "--method", "evo"], "method"),
         (["deit_tiny_patch16_224", "--to", "pt2", "--calibration", "nowhere"], "There is no folder"),
         (["deit_tiny_patch16_224", "--to", "pt2", "--weights", "a.pth"], "There is no checkpoint file"),
-        ([".", "--to", "pt2"], "is no folder of a run"),
+        ([".", "--to", "pt2"], "is neither the folder of a run nor one that save_reduced wrote"),
     ],
 )
 def test_the_command_refuses_in_one_sentence(
@@ -311,3 +311,25 @@ def test_the_command_writes_what_it_says(
 
 def test_hosts_of_the_matrix_are_those_of_the_other_tests() -> None:
     assert set(MATRIX) - {"levit"} <= set(HOSTS)
+
+
+def test_a_saved_folder_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    host = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, num_classes=5)
+    options = {"img_size": 32, "depth": 3, "num_classes": 5}
+    named: dict[str, Any] = {"host": "vit_tiny_patch16_224", "host_options": options}
+    evovit.save_reduced(evovit.reduce_tokens(host, "evit", blocks=(1,)), tmp_path / "saved", **named)
+    cli.main(["export", str(tmp_path / "saved"), "--to", "pt2", "--out", str(tmp_path / "out")])
+    assert "same tokens kept on 100%" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/export.json").read_text())["pt2"]["method"] == "evit"
+
+
+def test_a_host_of_transformers_is_exported(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.ViTConfig(**sizes, image_size=SIZE, patch_size=8, num_labels=5)
+    host = transformers.ViTForImageClassification(config).eval()
+    reduced = evovit.reduce_tokens(host, "evo_vit", start_block=1, stage_length=2)
+    entry = export(reduced, tmp_path, "pt2", preprocessing=PREPARE)
+    assert entry["proof"]["same_kept"] == 1.0
+    entry = export(reduced, tmp_path / "own", "pt2")  # prepared as ViT's own processor does
+    assert entry["host"].endswith("ViTForImageClassification")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from evovit.engines.base import Plan, on_cpu, trace
+from evovit.engines.base import LogitsAlone, Plan, on_cpu, trace
 from evovit.engines.exporting import TARGETS
 
 EXPORTED = {"aoti": "aoti", "onnxruntime": "onnx", "openvino": "openvino"}  # engine -> target of an export
@@ -40,7 +40,7 @@ def exported_step(
     seen = torch.cat(images) if precision == "int8" and engine == "openvino" else None
     plan = Plan(precision=precision, batch=len(images[0]), calibration=seen)
     half = precision == "fp16" and target.computes_half
-    program = trace(on_cpu(model), images[0].shape[1:], plan, half=half)
+    program = trace(LogitsAlone(on_cpu(model)), images[0].shape[1:], plan, half=half)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / target.file
         path.parent.mkdir(exist_ok=True)

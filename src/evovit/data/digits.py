@@ -87,6 +87,7 @@ def digit_scenes(
             torch.empty(num_scenes, dtype=torch.int64),
             torch.empty(num_scenes, 4),
             torch.empty(num_scenes, dtype=torch.int64),
+            torch.empty(num_scenes, size, size, dtype=torch.bool),
         )
     except RuntimeError as error:
         raise EvoViTError(

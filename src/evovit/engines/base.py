@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram
 from evovit.backbones.base import evaluating
 from evovit.errors import EvoViTError, check_choice, listed
 from evovit.model import ReducedViT
+from evovit.tokens import logits_of
 
 PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -95,6 +96,18 @@ class WithIndices(nn.Module):
         indices = [tokens.index for tokens in out.trace]
         changed = [now for before, now in zip([None, *indices], indices, strict=False) if now is not before]
         return (out.logits, *(index + 0 for index in changed))  # an output must not be an input of itself
+
+
+class LogitsAlone(nn.Module):
+    """A model that gives logits and nothing else, also where its answer is an object."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, classes)."""
+        return logits_of(self.model(images))  # type: ignore[no-any-return]
 
 
 class HalfInside(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from evovit.backbones.base import expect_module
 from evovit.engines.aoti import Aoti
-from evovit.engines.base import Engine, Plan, WithIndices, on_cpu, trace
+from evovit.engines.base import Engine, LogitsAlone, Plan, WithIndices, on_cpu, trace
 from evovit.engines.onnx import Onnx
 from evovit.engines.openvino import OpenVino
 from evovit.engines.proof import prove
@@ -140,8 +140,8 @@ def _expect_same(folder: Path, prepared: Mapping[str, Any]) -> None:
 def _graphs(model: nn.Module) -> dict[str, nn.Module]:
     """Return what is written: the model, and for the proof alone one that tells the tokens kept."""
     if isinstance(model, ReducedViT) and name_of(model.method) != DENSE:
-        return {"model": model, "telling": WithIndices(model)}
-    return {"model": model}
+        return {"model": LogitsAlone(model), "telling": WithIndices(model)}
+    return {"model": LogitsAlone(model)}
 
 
 def _written(engine: Engine, model: nn.Module, shape: Sequence[int], plan: Plan, folder: Path) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from evovit.engines.base import Run, WithIndices
 from evovit.errors import EvoViTError
 from evovit.model import ReducedViT
+from evovit.tokens import logits_of
 
 LARGEST_ERROR = 1e-5  # in fp32: of a logit, over the largest logit
 # Below fp32: length of the difference over that of the logits, over all images. A model of random weights,
@@ -44,7 +45,7 @@ def prove(
         EvoViTError: the file is off by more than the precision may be; the sentence says by how much.
     """
     parts = _parts(images, SIZES if batch is None else (batch,))
-    expected, given = [model(part) for part in parts], [run(part)[0] for part in parts]
+    expected, given = [logits_of(model(part)) for part in parts], [run(part)[0] for part in parts]
     if any(a.shape != b.shape or not b.isfinite().all() for a, b in zip(expected, given, strict=True)):
         raise EvoViTError(f"{what} gives other shapes or numbers that are not finite; no file is kept.")
     truth, found = torch.cat(expected), torch.cat(given)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from evovit.checkpoints.reduced import MANIFEST, load_reduced
 from evovit.data.images import Images
 from evovit.errors import EvoViTError, check_choice
 from evovit.hosts import create_host
@@ -122,11 +123,12 @@ def open_model(
         return load_named(text, weights, pretrained), None, "" if weights or pretrained else random
     if pretrained:
         raise EvoViTError("--pretrained is for a timm name; a folder has weights of its own.")
+    if weights and (folder / MANIFEST).is_file():
+        raise EvoViTError("--weights is for a timm name or a run; this folder has weights of its own.")
+    if (folder / MANIFEST).is_file():
+        return load_reduced(folder), None, ""
     if not (folder / "recipe.toml").is_file():
-        raise EvoViTError(
-            f"{text!r} is no folder of a run; for one that save_reduced wrote, build the host, then use "
-            "evovit.load_reduced and evovit.export."
-        )
+        raise EvoViTError(f"{text!r} is neither the folder of a run nor one that save_reduced wrote.")
     tested = run_model(folder, weights or "last", None, ())
     host = tested.model.model if isinstance(tested.model, ReducedViT) else tested.model
     mean, std = colours_of(tested.recipe, host)
