@@ -11,13 +11,14 @@ from torch import nn
 
 from evovit.backbones import adapt
 from evovit.bench.step import DTYPES, ENGINES, Batch
-from evovit.errors import EvoViTError, check_choice, nearest, shown
+from evovit.errors import EvoViTError, check_choice, check_count, nearest, shown
 from evovit.hosts import check_name, create_host
 from evovit.methods import DENSE, build_config, find_method, list_methods
 from evovit.model import reduce_tokens
 from evovit.options import read_assignment, read_named
 
 ALL = "all"  # stands for every method
+MOST = {"batch": 1_000_000, "rounds": 100_000, "threads": 1024, "size": 16384}
 NUM_BATCHES = 4  # distinct inputs, used in turn
 
 
@@ -55,10 +56,9 @@ class Setting:
             check_choice("engine", engine, ENGINES)
         if not self.engines:
             raise EvoViTError(f"No engine is given; allowed are {', '.join(ENGINES)}.")
-        for name in ("batch", "rounds", "threads", "size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise EvoViTError(f"{name} is {value}; allowed is 1 or more.")
+        for name, most in MOST.items():
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), 1, most)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise EvoViTError("device is 'cuda', but PyTorch finds no CUDA device; use 'cpu'.")
         if self.dtype == "tf32" and self.device != "cuda":
@@ -99,6 +99,9 @@ def parse_settings(
     """
     if not models:
         raise EvoViTError("No model is given; give a timm name, for example deit_small_patch16_224.")
+    for name, given in (("dtype", dtypes), ("batch", batches)):
+        if not given:
+            raise EvoViTError(f"No {name} is given; give one or more.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     engines = tuple(engines) or (ENGINES if device == "cuda" else ("eager", "compiled"))
     shared |= {"device": device, "engines": engines}
@@ -117,7 +120,7 @@ def parse_batch(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise EvoViTError(f"batch is {text!r}; allowed is a number of images or 'max'.") from None
+        raise EvoViTError(f"batch is {shown(text)}; allowed is a number of images or 'max'.") from None
 
 
 def parse_variants(
