@@ -128,11 +128,22 @@ def test_what_the_machine_refuses_is_one_sentence(
         ("eval", "Missing from evovit eval: MODEL folder of a run"),
         ("quickstart --device tpu", "invalid choice 'tpu' for argument '--device'"),
         ("quickstart x\udcff", r"Unrecognized options: x\\udcff"),
+        ("recipes list x", "evovit recipes list takes no name; evovit recipes show 'x' shows one"),
+        ("recipes show /etc/passwd", "No recipe '/etc/passwd' with this name comes with evovit"),
+        ("recipes copy /dev/null", "No recipe '/dev/null' with this name comes with evovit"),
+        ("train digits/dense --seeds 0 0", "seeds have 0 twice"),
+        ("report /nowhere", "No run is at or below '/nowhere'"),
+        ("bench test_vit --out /dev/null", "No folder can be made at '/dev/null'"),
+        ("bench test_vit --trace /dev/null/x", "No folder can be made at '/dev/null'"),
+        ("bench test_vit --trace /", "trace is '/', a folder; give a file"),
         ("recipes xopy", "invalid choice 'xopy' for argument 'action'"),
         ("train a \x1b[31m", r"Unrecognized options: \\x1b\[31m"),
     ],
 )
-def test_wrong_words_are_one_sentence(line: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_words_are_one_sentence(
+    line: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_:
         cli.main(line.split(" "))
     said = capsys.readouterr().err

@@ -208,7 +208,8 @@ def build_models(host: nn.Module, variants: Sequence[Variant]) -> list[nn.Module
 
 def image_size_of(setting: Setting, model: Any) -> int:
     """Return the pixels of an image's side."""
-    return int(setting.size or model.pretrained_cfg["input_size"][-1])
+    shape = (getattr(model, "pretrained_cfg", None) or {}).get("input_size") or adapt(model).image_shape
+    return int(setting.size or shape[-1])
 
 
 def place(setting: Setting, model: nn.Module) -> nn.Module:
