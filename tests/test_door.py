@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +112,60 @@ def test_what_the_machine_refuses_is_one_sentence(
         cli.main(["train"])
     said = capsys.readouterr().err
     assert exit_.value.code == 2 and said.startswith(told) and said.count("\n") == 1, said
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("bench test_vit --rounds x", "Error parsing --rounds: .*; --rounds INT times each is measured"),
+        ("bench test_vit --ruonds 3", "Unrecognized options: --ruonds, 3; Perhaps you meant: --rounds INT"),
+        ("bench test_vit --nope", "Unrecognized options: --nope; evovit bench --help"),
+        ("bench test_vit --batch --", "No batch is given"),
+        ("bench test_vit --dtype --", "No dtype is given"),
+        ("bench test_vit --threads 1000000000", "threads is 1000000000; allowed is 1 to 1024"),
+        ("bench test_vit --size 1000000000", "size is 1000000000; allowed is 1 to 16384"),
+        ("bench test_vit --rounds 1000000000", "rounds is 1000000000; allowed is 1 to 100000"),
+        ("eval", "Missing from evovit eval: MODEL folder of a run"),
+        ("quickstart --device tpu", "invalid choice 'tpu' for argument '--device'"),
+        ("quickstart x\udcff", r"Unrecognized options: x\\udcff"),
+        ("recipes list x", "evovit recipes list takes no name; evovit recipes show 'x' shows one"),
+        ("recipes show /etc/passwd", "No recipe '/etc/passwd' with this name comes with evovit"),
+        ("recipes copy /dev/null", "No recipe '/dev/null' with this name comes with evovit"),
+        ("train digits/dense --seeds 0 0", "seeds have 0 twice"),
+        ("report /nowhere", "No run is at or below '/nowhere'"),
+        ("bench test_vit --out /dev/null", "No folder can be made at '/dev/null'"),
+        ("bench test_vit --trace /dev/null/x", "No folder can be made at '/dev/null'"),
+        ("bench test_vit --trace /", "trace is '/', a folder; give a file"),
+        ("recipes xopy", "invalid choice 'xopy' for argument 'action'"),
+        ("train a \x1b[31m", r"Unrecognized options: \\x1b\[31m"),
+    ],
+)
+def test_wrong_words_are_one_sentence(
+    line: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(line.split(" "))
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2 and re.match(f"evovit: {told}", said), said
+    assert said.count("\n") == 1 and said.strip().isprintable()
+
+
+def test_names_that_are_no_text_are_printed_all_the_same(tmp_path: Path) -> None:
+    call = [
+        sys.executable,
+        "-m",
+        "evovit",
+        "recipes",
+        "copy",
+        "digits/dense",
+        "--to",
+        os.fsencode(tmp_path) + b"/a\xff",
+    ]
+    done = subprocess.run(
+        call, capture_output=True, check=False, env=os.environ | {"PYTHONIOENCODING": "ascii"}
+    )
+    assert done.returncode == 0 and rb"a\udcff/dense.toml written" in done.stdout, done.stderr
 
 
 def test_a_reader_who_leaves_early_is_no_traceback() -> None:

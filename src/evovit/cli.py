@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from functools import partial, wraps
 from importlib import import_module
+from typing import Any
 
 COMMANDS = {
     "quickstart": "train a small ViT and the same as Evo-ViT on built-in digits, in minutes",
@@ -59,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         there = f"the commands are {', '.join(COMMANDS)}"
         sys.exit(_refuse(f"there is no command {shown(name)}; {there}.{nearest(name, COMMANDS)}"))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be no text of the terminal
+        sys.stdout.reconfigure(errors="backslashreplace")
     with _interrupts() as received:
         try:
             _call(name, rest)
@@ -100,10 +105,8 @@ def _call(name: str, rest: Sequence[str]) -> None:
     from evovit.errors import EvoViTError, in_one_line, is_out_of_memory, shown
 
     try:
-        import tyro
-
         command = getattr(import_module(f"evovit.commands.{name}"), name)
-        tyro.cli(command, prog=f"evovit {name}", args=rest, config=(tyro.conf.FlagCreatePairsOff,))
+        _parsed(command, name, rest)()
         sys.stdout.flush()
     except EvoViTError as error:
         sys.exit(_refuse(str(error)))
@@ -127,6 +130,33 @@ def _call(name: str, rest: Sequence[str]) -> None:
         sys.exit(
             _refuse(f"Memory does not suffice ({in_one_line(error)}); ask for less, such as a smaller batch.")
         )
+
+
+def _parsed(command: Callable[..., None], name: str, rest: Sequence[str]) -> Callable[[], None]:
+    """Return a command with its arguments; raises `EvoViTError` with what tyro's box says of wrong ones."""
+    import tyro
+
+    from evovit.errors import EvoViTError
+
+    @wraps(command)
+    def later(*arguments: Any, **options: Any) -> Callable[[], None]:
+        return partial(command, *arguments, **options)
+
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(later, prog=f"evovit {name}", args=rest, config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise
+        rows = box.getvalue().splitlines()
+        lines = [row.strip("│ ") for row in rows if row.startswith(("│", "  "))]  # in UTF-8, in ASCII
+        parts = " ".join("" if set(line) <= {"─", "-"} else line for line in lines).split("  ")
+        told = "; ".join(part.strip(" .") for part in parts if part and "full helptext" not in part)
+        told = told.replace("Argument helptext: ", "")
+        raise EvoViTError(
+            f"{told or 'These words are no arguments'}; evovit {name} --help lists them."
+        ) from None
 
 
 def _close_output() -> None:

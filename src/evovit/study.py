@@ -20,7 +20,7 @@ from evovit.errors import EvoViTError
 from evovit.macs import gmacs
 from evovit.methods import DENSE, find_method
 from evovit.model import ReducedViT, backbone_of
-from evovit.recipe.reading import parse_recipe, read_recipe
+from evovit.recipe.reading import check_different, parse_recipe, read_recipe
 from evovit.recipe.tables import Recipe
 from evovit.runtime.world import World
 from evovit.train.build import colours_of, open_run
@@ -73,6 +73,7 @@ def plan(
     """Read all recipes for all seeds, dense first; raises `EvoViTError` unless their budgets are equal."""
     if not seeds:
         raise EvoViTError("No seed is given; give at least one.")
+    check_different(seeds)
     if len({path.stem for path in paths}) < len(paths):
         raise EvoViTError("Two recipes have one file name, which names their folder; rename one.")
     contestants = [

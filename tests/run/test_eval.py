@@ -11,6 +11,7 @@ from PIL import Image
 
 from evovit import cli
 from evovit.errors import EvoViTError
+from evovit.recipe.reading import LIBRARY
 from evovit.train.tested import places_of
 from tests.run.processes import train_here
 from tests.run.test_every_method import recipe_for
@@ -41,6 +42,23 @@ def test_a_dense_run_is_tested_reduced_too(tmp_path: Path, capsys: pytest.Captur
     assert evo.startswith("  evo_vit:start_block=1,keep_ratio=0.3: top-1 ") and "(" in evo
     work = [float(line.split(" GMACs")[0].split()[-1]) for line in (dense, evo, tome)]
     assert work[1] < work[0] and work[2] < work[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--device", "x"), "run.device is 'x'; allowed is auto, cpu or cuda"),
+        (("--workers", "-1"), "data.workers is -1; allowed is a whole number from 0 to 256"),
+        (("--workers", "1"), "data.workers is given, but has no effect on digits"),
+    ],
+)
+def test_flags_count_for_a_run_too(
+    words: tuple[str, ...], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.toml").write_text((LIBRARY / "digits" / "dense.toml").read_text())
+    with pytest.raises(SystemExit):
+        tell(str(tmp_path), *words)
+    assert told in capsys.readouterr().err
 
 
 def test_a_timm_model_with_a_file_of_weights_is_tested_on_a_folder(
@@ -75,6 +93,7 @@ def test_folders_named_as_imagenets_classes_find_their_places() -> None:
         (("test_vitt", "--images", ".", "--pretrained"), "Did you mean 'test_vit"),
         (("nowhere/run", "--images", ".", "--pretrained"), "timm does not know"),
         (("test_vit", "--images", ".", "--weights", "no.pth"), "There is no checkpoint file 'no.pth'"),
+        (("a" * 5000,), "which is no path"),
     ],
 )
 def test_what_is_missing_is_one_sentence(

@@ -19,7 +19,7 @@ import torch
 from torch._inductor import config as inductor_config
 from torch.profiler import ProfilerActivity, record_function
 
-from evovit.runtime.files import write_atomically
+from evovit.runtime.files import write_bytes
 
 PARTS = (
     *("projections", "attention", "score", "selection"),
@@ -124,7 +124,10 @@ def write_trace(steps: Mapping[str, Callable[[int], object]], device: str, path:
             with record_function(name):
                 step(0)
                 _wait(on_cuda)
-    write_atomically(path, lambda temporary: profiler.export_chrome_trace(str(temporary)))
+    with tempfile.TemporaryDirectory() as folder:  # the profiler's own writer takes plain names alone
+        file = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(file))
+        write_bytes(path, file.read_bytes())
 
 
 def _profiler(on_cuda: bool) -> Any:

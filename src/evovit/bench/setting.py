@@ -13,7 +13,7 @@ from evovit.backbones import adapt
 from evovit.bench.exported import EXPORTED
 from evovit.bench.step import DTYPES, ENGINES, Batch
 from evovit.engines.exporting import TARGETS
-from evovit.errors import EvoViTError, check_choice, nearest, shown
+from evovit.errors import EvoViTError, check_choice, check_count, nearest, shown
 from evovit.hosts import check_name, create_host
 from evovit.methods import DENSE, build_config, find_method, list_methods
 from evovit.model import LastBlock, reduce_tokens
@@ -21,6 +21,7 @@ from evovit.options import read_assignment, read_named
 
 ALL = "all"  # stands for every method
 LAST_BLOCK = "last_block"  # an option of `reduce_tokens`, beside the method's own
+MOST = {"batch": 1_000_000, "rounds": 100_000, "threads": 1024, "size": 16384}
 NUM_BATCHES = 4  # distinct inputs, used in turn
 
 
@@ -65,10 +66,9 @@ class Setting:
             check_choice("engine", engine, ENGINES)
         if not self.engines:
             raise EvoViTError(f"No engine is given; allowed are {', '.join(ENGINES)}.")
-        for name in ("batch", "rounds", "threads", "size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise EvoViTError(f"{name} is {value}; allowed is 1 or more.")
+        for name, most in MOST.items():
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), 1, most)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise EvoViTError("device is 'cuda', but PyTorch finds no CUDA device; use 'cpu'.")
         if self.dtype == "tf32" and self.device != "cuda":
@@ -111,6 +111,9 @@ def parse_settings(
     """
     if not models:
         raise EvoViTError("No model is given; give a timm name, for example deit_small_patch16_224.")
+    for name, given in (("dtype", dtypes), ("batch", batches)):
+        if not given:
+            raise EvoViTError(f"No {name} is given; give one or more.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     engines = tuple(engines) or (
         ("eager", "compiled", "graphs") if device == "cuda" else ("eager", "compiled")
@@ -134,7 +137,7 @@ def parse_batch(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise EvoViTError(f"batch is {text!r}; allowed is a number of images or 'max'.") from None
+        raise EvoViTError(f"batch is {shown(text)}; allowed is a number of images or 'max'.") from None
 
 
 def parse_variants(
@@ -233,8 +236,8 @@ def build_models(host: nn.Module, variants: Sequence[Variant], train: bool) -> l
 
 def image_size_of(setting: Setting, model: Any) -> int:
     """Return the pixels of an image's side."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    return int(setting.size or (cfg["input_size"] if cfg else adapt(model).image_shape)[-1])
+    shape = (getattr(model, "pretrained_cfg", None) or {}).get("input_size") or adapt(model).image_shape
+    return int(setting.size or shape[-1])
 
 
 def place(setting: Setting, model: nn.Module) -> nn.Module:

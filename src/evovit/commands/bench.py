@@ -66,10 +66,11 @@ def bench(
     from evovit.bench.row import append_rows
     from evovit.bench.setting import ALL, parse_settings, parse_variants, usable
     from evovit.bench.timing import Extras, largest_batch, measure
-    from evovit.errors import EvoViTError, printable
+    from evovit.errors import EvoViTError, printable, shown
     from evovit.options import read_named
     from evovit.report.bench import print_parts, print_rows, write_report
     from evovit.runtime.environment import environment
+    from evovit.runtime.files import as_path, make_folder
 
     start, console = time.perf_counter(), Console() if sys.stdout.isatty() else Console(width=150)
 
@@ -92,6 +93,11 @@ def bench(
     )
     if trace is not None and len(settings) > 1:
         raise EvoViTError(f"--trace writes one comparison, and {len(settings)} are asked for; give one.")
+    make_folder(out)
+    if trace is not None:
+        make_folder(as_path(trace, "trace").parent)
+        if trace.is_dir():
+            raise EvoViTError(f"trace is {shown(trace)}, a folder; give a file.")
     around = environment(settings[0][0].device) | {"load_average": load}
     log(f"{around['device_name']}, torch {around['torch']}, timm {around['timm']}", "none")
     for setting, as_large_as_fits in settings:

@@ -16,8 +16,8 @@ def eval(
     images: Path | None = None,
     method: tuple[str, ...] = (),
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
-    device: str = "auto",
-    workers: int = 4,
+    device: str = "",
+    workers: int | None = None,
 ) -> None:
     """Test a run, or a timm model, on images: as it is, and with methods that were not trained for it.
 
@@ -35,21 +35,24 @@ def eval(
         images: folder with a sub-folder of images for each class; default: the test images of the run.
         method: NAME or NAME:option=value,option=value; each is tested on the same weights, dense beside it.
         set: table.key=value, over what the recipe of the run says: another keep ratio, another precision.
-        device: auto, cpu or cuda.
-        workers: processes that read images.
+        device: auto, cpu or cuda; default: as the recipe of the run says, or auto.
+        workers: processes that read images; default: as the recipe of the run says, or 4.
     """
     from evovit.errors import EvoViTError
+    from evovit.runtime.files import as_path
     from evovit.runtime.world import join_world
     from evovit.train.tested import named_model, run_model, test_lines
 
-    if (Path(model) / "recipe.toml").is_file():
+    told = [*set, *([f"run.device={device}"] if device else [])]
+    told += [] if workers is None else [f"data.workers={workers}"]
+    if as_path(Path(model) / "recipe.toml", "MODEL").is_file():
         if pretrained:
             raise EvoViTError("--pretrained is for a timm name; a run has weights of its own.")
-        tested = run_model(Path(model), weights or "last", images, set)
+        tested = run_model(Path(model), weights or "last", images, told)
     elif Path(model).exists():
         raise EvoViTError(f"There is no {str(Path(model) / 'recipe.toml')!r}; give the folder of a run.")
     else:
-        tested = named_model(model, weights, pretrained, images, set, device, workers)
+        tested = named_model(model, weights, pretrained, images, told)
     with join_world(tested.recipe.run.device) as world:
         for line in test_lines(tested, method, world):
             if world.is_main:

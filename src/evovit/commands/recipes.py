@@ -25,17 +25,21 @@ def recipes(
         name: of the recipe.
         to: folder, or .toml file, that gets the copy.
     """
-    from evovit.errors import EvoViTError
+    from evovit.errors import EvoViTError, shown
     from evovit.recipe.reading import find_recipe, list_recipes
     from evovit.runtime.files import write_text
 
     if action == "list":
+        if name:
+            raise EvoViTError(
+                f"evovit recipes list takes no name; evovit recipes show {shown(name)} shows one."
+            )
         for each, what in list_recipes().items():
             print(f"{each:<28} {what}")
         return
     if not name:
         raise EvoViTError(f"evovit recipes {action} needs the name of a recipe; evovit recipes lists them.")
-    source = find_recipe(name)
+    source = find_recipe(name, own_only=True)
     if action == "show":
         print(source.read_text(encoding="utf-8"), end="")
         return

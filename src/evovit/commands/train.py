@@ -31,11 +31,12 @@ def train(
     """
     from dataclasses import replace
 
-    from evovit.recipe.reading import find_recipe, read_recipe
+    from evovit.recipe.reading import check_different, find_recipe, read_recipe
     from evovit.train.run import train_in_folder
 
     path = find_recipe(recipe)
     read = read_recipe(path, set)
+    check_different(seeds)
     base = out or Path("runs") / path.stem
     runs = [(replace(read, run=replace(read.run, seed=seed)), base / f"seed{seed}") for seed in seeds]
     for each, folder in runs or [(read, out or base / f"seed{read.run.seed}")]:

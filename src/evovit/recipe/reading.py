@@ -179,6 +179,13 @@ def check_finite(value: Any, what: str) -> None:
         raise EvoViTError(f"{what} holds {value}; allowed are finite numbers.")
 
 
+def check_different(seeds: Sequence[int]) -> None:
+    """Raise `EvoViTError` where a seed is given twice."""
+    twice = next((seed for i, seed in enumerate(seeds) if seed in seeds[:i]), None)
+    if twice is not None:
+        raise EvoViTError(f"seeds have {twice} twice; give each once.")
+
+
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Say where two recipes would train differently, `key: old, now new` each."""
     before, now = dict(old.knobs()), dict(new.knobs())

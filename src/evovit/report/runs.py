@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, shown
 from evovit.macs import gmacs
 from evovit.methods import DENSE
 from evovit.model import backbone_of
@@ -20,7 +20,7 @@ from evovit.recipe.tables import Recipe
 from evovit.report.page import Heading, Paragraph, Part, drawn, page
 from evovit.report.plots import accuracy_axis, epoch_axis, outside_legend
 from evovit.report.tables import as_csv, as_markdown, spread, table
-from evovit.runtime.files import write_bytes, write_text
+from evovit.runtime.files import as_path, write_bytes, write_text
 from evovit.train.build import build_model
 from evovit.train.records import EPOCHS, read_lines
 from evovit.visualize import plain
@@ -91,7 +91,15 @@ def write_report(places: Sequence[Path], out: Path) -> str:
 
 def read_groups(places: Sequence[Path]) -> list[Group]:
     """Find the run folders at or below the places and join the seeds of each recipe."""
-    folders = sorted({path.parent for place in places for path in place.glob("**/recipe.toml")})
+    found = {
+        place: [path.parent for path in as_path(place, "RUN").glob("**/recipe.toml")] for place in places
+    }
+    for place, below in found.items():
+        if not below:
+            raise EvoViTError(
+                f"No run is at or below {shown(place)}; give folders written by `evovit train`."
+            )
+    folders = sorted({folder for below in found.values() for folder in below})
     groups: dict[str, Group] = {}
     for folder in folders:
         epochs = read_lines(folder / EPOCHS)

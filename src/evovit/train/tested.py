@@ -59,8 +59,6 @@ def named_model(
     pretrained: bool,
     folder: Path | None,
     overrides: Sequence[str],
-    device: str,
-    workers: int,
 ) -> Tested:
     """Return a timm model with weights from a file, or the published ones, and a folder of images."""
     if folder is None:
@@ -74,11 +72,10 @@ def named_model(
         "data": {
             **_splits(folder),
             "batch_size": 1,
-            "workers": workers,
             "crop_pct": cfg.get("crop_pct", 0.875),
         },
         "learning_rate": {"base": 0.0, "warm_up_epochs": 0},
-        "run": {"epochs": 1, "device": device},
+        "run": {"epochs": 1},
     }
     recipe = parse_recipe(overridden(tables, overrides))
     images = open_images_of(recipe)
