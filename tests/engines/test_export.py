@@ -26,7 +26,7 @@ from evovit.methods import find_method, list_methods
 from evovit.models.levit_cls import LevitCls
 from evovit.ops.merge import match_tokens
 from evovit.ops.select import split_top
-from tests.conftest import HOSTS, SIZE, make_host, pictures
+from tests.conftest import HOSTS, SIZE, disturb, make_host, pictures
 
 PREPARE: dict[str, Any] = {
     "input_size": [3, SIZE, SIZE],
@@ -51,8 +51,8 @@ def host_of(name: str) -> nn.Module:
     if name != "levit":
         return make_host(name)
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"embed_dim": (32, 48, 64), "num_heads": (2, 2, 2), "depth": (2, 2, 2)}
-    return LevitCls(img_size=64, key_dim=(8, 8, 8), num_classes=5, **sizes).eval()
+    sizes: dict[str, Any] = {"embed_dim": (16, 24, 32), "num_heads": (2, 3, 4), "depth": (2, 2, 2)}
+    return disturb(LevitCls(img_size=64, key_dim=8, num_classes=5, **sizes)).eval()
 
 
 def reduced(host: str, method: str, **options: Any) -> evovit.ReducedViT:
