@@ -168,6 +168,20 @@ def test_names_that_are_no_text_are_printed_all_the_same(tmp_path: Path) -> None
     assert done.returncode == 0 and rb"a\udcff/dense.toml written" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "code"), [(["methods"], 0), (["--help"], 0), (["nope"], 2), (["eval", "x"], 2)]
+)
+def test_a_closed_output_is_no_traceback(words: list[str], code: int) -> None:
+    call = 'exec "$@" >&-'
+    done = subprocess.run(
+        ["sh", "-c", call, "", sys.executable, "-m", "evovit", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code and done.stderr.count("\n") == (1 if code else 0), done.stderr
+
+
 def test_a_reader_who_leaves_early_is_no_traceback() -> None:
     pipe = subprocess.Popen(
         [sys.executable, "-m", "evovit", "options"], stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -47,6 +47,9 @@ def usage() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; `arguments` are those of the process by default."""
+    for stream in ("stdout", "stderr"):  # there is none where it was closed
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, io.StringIO())
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help", "help"):
         print(usage())

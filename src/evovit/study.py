@@ -16,7 +16,7 @@ from evovit.bench.setting import Setting, Variant
 from evovit.bench.step import Batch, prepare
 from evovit.bench.timing import interleave
 from evovit.data.images import Images
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, printable
 from evovit.macs import gmacs
 from evovit.methods import DENSE, find_method
 from evovit.model import ReducedViT, backbone_of
@@ -78,7 +78,7 @@ def plan(
         raise EvoViTError("Two recipes have one file name, which names their folder; rename one.")
     contestants = [
         Contestant(
-            path.stem,
+            printable(path.stem),
             [(_recipe(path, overrides, dense, seed), out / path.stem / f"seed{seed}") for seed in seeds],
         )
         for path in paths

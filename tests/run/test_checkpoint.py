@@ -270,3 +270,22 @@ def test_a_folder_of_the_former_version_is_read(tmp_path: Path) -> None:
     with torch.no_grad():
         found = load_reduced(tmp_path, make_host("vit")).eval()(pictures())
         assert torch.equal(found, reduced(pictures()))
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"x": "y"},
+        {"model.safetensors": None},
+        {"method.safetensors": []},
+        {"../x": "y"},
+        {"method.safetensors": "0"},
+    ],
+    ids=str,
+)
+def test_a_manifest_without_the_checksum_of_a_file_is_refused(files: dict[str, Any], tmp_path: Path) -> None:
+    save_reduced(evovit.reduce_tokens(make_host("vit"), start_block=2), tmp_path)
+    content = json.loads((tmp_path / "method.json").read_text())
+    (tmp_path / "method.json").write_text(json.dumps(content | {"files": files}))
+    with pytest.raises(evovit.EvoViTError, match="files is missing or wrong"):
+        load_reduced(tmp_path, make_host("vit"))

@@ -337,6 +337,10 @@ def test_words_that_are_no_policy_of_timm_are_refused(path: Path, policy: str) -
             "embed_dim is 1000000; allowed is a whole number from 1 to 65536",
         ),
         ("model.options.features_only=true", "features_only, which says nothing about a host"),
+        *(
+            (f"model.options.pretrained_cfg_overlay={{{value}}}", "give 3 numbers each, std above 0")
+            for value in ("mean='x'", "mean=3", "mean=[0.5]", "mean=[0.5,0.5,'x']", "std=[0.0,1.0,1.0]")
+        ),
         ("model.options.scriptable=x", "scriptable, which says nothing about a host"),
         (f"model.weights={'a' * 5000}", "is no path"),
         (f"objective.teacher={'a' * 5000}", "is no path"),
@@ -348,7 +352,8 @@ def test_words_that_are_no_policy_of_timm_are_refused(path: Path, policy: str) -
     ],
 )
 def test_the_model_is_checked_without_memory(path: Path, override: str, sentence: str) -> None:
-    more = ["objective.distillation=hard"] if override.startswith("objective.teacher") else []
+    more = ["data.source=/somewhere"] if "cfg_overlay" in override else []
+    more += ["objective.distillation=hard"] if override.startswith("objective.teacher") else []
     with pytest.raises(EvoViTError, match=sentence):
         check_recipe(read_recipe(path, [override, *more]))
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -261,3 +263,58 @@ def test_a_broken_environment_is_named(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(EvoViTError, match=r"environment\.json"):
         reported(trained, tmp_path)
     path.write_text(before)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[]", "null", "3", '"x"', "[" * 100_000, '{"gmacs": "x"}', '{"gmacs": null}', '{"gmacs": []}'),
+        *('{"gmacs": NaN}', '{"gmacs": -1}', '{"gmacs": 1e999}', '{"gmacs": true}', '{"num_classes": "x"}'),
+        *('{"num_classes": -5}', '{"num_classes": 1e9}', '{"gmacs": ' + "9" * 5000 + "}"),
+    ],
+    ids=range(16),
+)
+def test_an_odd_environment_is_one_sentence(text: str, trained: Path, tmp_path: Path) -> None:
+    path = trained / "environment.json"
+    before = path.read_text()
+    path.write_text(text)
+    try:
+        with pytest.raises(EvoViTError) as caught:
+            reported(trained, tmp_path)
+    finally:
+        path.write_text(before)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1100
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"epoch": "x"}, {"epoch": 0}, {"epoch": 1e400}, {"epoch": True}, {"epoch": 10**30}),
+        *({"loss": "a"}, {"loss": []}, {"loss": None}, {"train_seconds": "x"}, {"train_seconds": None}),
+        *({"train_seconds": -1}, {"train_seconds": float("inf")}, {"top1": None}, {"top1": float("nan")}),
+        *({"top1": {}}, {"top1": 1e308}, {"top1": -1}, {"ema_top1": "x"}),
+    ],
+    ids=str,
+)
+def test_a_line_that_is_no_epoch_is_one_sentence(
+    change: dict[str, Any], trained: Path, tmp_path: Path
+) -> None:
+    path = trained / "epochs.jsonl"
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before.splitlines()[0]) | change))
+    try:
+        with pytest.raises(EvoViTError, match=r"epochs\.jsonl.* no epoch of a training; move it away"):
+            reported(trained, tmp_path)
+    finally:
+        path.write_text(before)
+
+
+def test_a_place_without_a_run_is_named(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(EvoViTError, match="No run is at or below .*nowhere"):
+        report((trained, tmp_path / "nowhere"), out=tmp_path)
+
+
+def test_a_run_whose_name_is_no_text_is_shown(trained: Path, tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"a\xff\n")
+    shutil.copytree(trained, odd)
+    assert reported(odd, tmp_path / "out")["run"] == "a\\udcff "

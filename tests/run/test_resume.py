@@ -8,14 +8,20 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from evovit.errors import EvoViTError
 from evovit.recipe.reading import read_recipe
-from evovit.train import trainer
+from evovit.recipe.tables import Recipe
+from evovit.train import state, trainer
 from evovit.train.state import read_checkpoint
 from tests.run.processes import ONCE, finish, losses, outcome, small, start, start_world, train_here
 
@@ -232,3 +238,67 @@ def test_processes_and_accumulation_give_one_loss_curve(tmp_path: Path) -> None:
     assert len(one) == 50 and abs(one[0] - one[-1]) > 0.01
     for name in ("two", "accumulated"):
         assert max(abs(a - b) for a, b in zip(one, losses(tmp_path / name), strict=True)) < 1e-5
+
+
+def forge(folder: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], object]) -> None:
+    """Change the newest checkpoint of a run, with right checksums."""
+    name = state.numbered(folder)[0]
+    tensors, plain = state.read_checkpoint(folder, name)
+    change(plain, tensors)
+    state.write_checkpoint(folder, name, state.Checkpoint(tensors, plain))
+
+
+def bias_in(tensors: dict[str, Tensor], prefix: str) -> str:
+    """Return the name of a vector of ten numbers."""
+    return next(key for key, value in tensors.items() if key.startswith(prefix) and value.shape == (10,))
+
+
+FORGED: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], object]] = {
+    "no update": lambda plain, _: plain.pop("update"),
+    "update of text": lambda plain, _: plain.update(update="x"),
+    "update below 0": lambda plain, _: plain.update(update=-1),
+    "update above all": lambda plain, _: plain.update(update=10**12),
+    "skipped more than done": lambda plain, _: plain.update(skipped=99),
+    "best of text": lambda plain, _: plain.update(best="x"),
+    "no totals": lambda plain, _: plain.update(totals=None),
+    "odd totals": lambda plain, _: plain["totals"].update(loss=[]),
+    "odd paths": lambda plain, _: plain.update(unreadable=["x"]),
+    "no scaler": lambda plain, _: plain.pop("scaler"),
+    "no weights": lambda _, tensors: [tensors.pop(key) for key in list(tensors) if key.startswith("model.")],
+    "more weights": lambda _, tensors: tensors.update({"model.x": torch.zeros(1)}),
+    "odd weights": lambda _, tensors: tensors[bias_in(tensors, "model.")].fill_(float("nan")),
+    "another shape": lambda _, tensors: tensors.update({bias_in(tensors, "model."): torch.zeros(3)}),
+    "odd slot": lambda _, tensors: tensors.update({"optimizer.x": torch.zeros(1)}),
+    "another slot": lambda _, tensors: tensors.update({bias_in(tensors, "optimizer."): torch.zeros(3)}),
+}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    folder = tmp_path_factory.mktemp("forged")
+    recipe = small(folder, "run.epochs=1", "data.scenes=32", "learning_rate.warm_up_epochs=0")
+    train_here(recipe, folder / "run")
+    return recipe, folder / "run"
+
+
+@pytest.mark.parametrize("how", FORGED)
+def test_a_forged_checkpoint_is_one_sentence(how: str, begun: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, run = begun
+    shutil.copytree(run, tmp_path / "run")
+    forge(tmp_path / "run" / "checkpoints", FORGED[how])
+    with pytest.raises(EvoViTError, match="The checkpoint in |The state of the optimizer") as caught:
+        train_here(recipe, tmp_path / "run")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("kind", ["json", "safetensors"])
+def test_a_pipe_in_place_of_a_checkpoint_is_no_wait(
+    kind: str, begun: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(begun[1], tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    path = folder / f"{state.numbered(folder)[0]}.{kind}"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(EvoViTError, match="is damaged"):
+        state.read_checkpoint(folder, path.stem)

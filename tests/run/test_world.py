@@ -98,6 +98,17 @@ def test_a_refusal_of_the_main_process_ends_the_other(tmp_path: Path) -> None:
         ),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "70000"}, "from 1 to 65535"),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1234"}, "MASTER_ADDR is missing"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "2"},
+            "LOCAL_RANK is '2'; allowed is an integer from 0 to 1",
+        ),
+        *(
+            (
+                {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1234", "MASTER_ADDR": name},
+                "no name of a machine",
+            )
+            for name in ("-1", "a b", "localhost:9", "\udcff", "a/b", "\n", "::x")
+        ),
     ],
 )
 def test_malformed_places_in_a_world_are_one_sentence(

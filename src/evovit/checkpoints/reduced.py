@@ -141,6 +141,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     content = older | read_json(path, "evovit")
     kinds = {"method": str, "options": dict, "includes_model": bool, "files": dict, "build": dict}
     wrong = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
+    if not wrong and content["files"]:  # there are none where an older version wrote it
+        needed = {METHOD, MODEL} if content["includes_model"] else {METHOD}
+        whole = needed == content["files"].keys() and all(
+            isinstance(v, str) for v in content["files"].values()
+        )
+        wrong = [] if whole else ["files"]
     if wrong:
         raise EvoViTError(
             f"{shown(path)} is damaged or not written by evovit: {wrong[0]} is missing or wrong."

@@ -19,10 +19,8 @@ from evovit.models.named import checked_arguments, refusal
 __all__ = ["check_name", "create_host", "models"]
 
 ELSEWHERE = {"pretrained": "pretrained", "checkpoint_path": "weights"}  # arguments of timm's: what to set
-TIMMS_OWN = (  # arguments of timm's create_model and of its registry
-    *("features_only", "out_indices", "scriptable", "exportable", "no_jit", "cache_dir"),
-    *("pretrained_cfg", "pretrained_strict"),
-)
+# Arguments of timm's create_model that say nothing about a host.
+TIMMS_OWN = ("features_only", "out_indices", "scriptable", "exportable", "no_jit", "cache_dir")
 
 
 def check_name(name: str, what: str = "model") -> str:

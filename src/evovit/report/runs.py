@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from evovit.errors import EvoViTError, shown
+from evovit.errors import EvoViTError, check_count, printable, shown
 from evovit.macs import gmacs
 from evovit.methods import DENSE
 from evovit.model import backbone_of
+from evovit.options import MOST
 from evovit.recipe.reading import read_recipe
 from evovit.recipe.tables import Recipe
 from evovit.report.page import Heading, Paragraph, Part, drawn, page
 from evovit.report.plots import accuracy_axis, epoch_axis, outside_legend
 from evovit.report.tables import as_csv, as_markdown, spread, table
-from evovit.runtime.files import as_path, write_bytes, write_text
+from evovit.runtime.files import as_path, read_json, write_bytes, write_text
 from evovit.train.build import build_model
 from evovit.train.records import EPOCHS, read_lines
 from evovit.visualize import plain
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = ("run", "method", "seeds", "epochs", "top-1 %", "best %", "EMA %", "GMACs", "epoch s", "of dense")
+MOST_GMACS = 1e9  # of one image
 CLASSES = 10  # for the GMACs where neither run nor recipe says how many
 
 
@@ -105,11 +107,16 @@ def read_groups(places: Sequence[Path]) -> list[Group]:
         epochs = read_lines(folder / EPOCHS)
         if not epochs:
             continue
+        odd = next((epoch for epoch in epochs if not is_epoch(epoch)), None)
+        if odd is not None:
+            raise EvoViTError(
+                f"{shown(folder / EPOCHS)} holds {shown(odd)}, no epoch of a training; move it away."
+            )
         recipe = read_recipe(folder / "recipe.toml")
         key = replace(recipe, run=replace(recipe.run, seed=0)).to_toml()
         if key not in groups:
             name = folder.parent.name if folder.name.startswith("seed") else folder.name
-            groups[key] = Group(name, recipe, read_gmacs(folder, recipe), [])
+            groups[key] = Group(printable(name), recipe, read_gmacs(folder, recipe), [])
         groups[key].runs.append(epochs)
     if not groups:
         raise EvoViTError(
@@ -119,16 +126,35 @@ def read_groups(places: Sequence[Path]) -> list[Group]:
     return list(groups.values())
 
 
+def is_epoch(record: dict[str, Any]) -> bool:
+    """Tell whether a record has the numbers that a report shows of an epoch."""
+    number = (int, float)
+    loss: Any = record.get("loss")
+    epoch: Any = record.get("epoch")
+    seconds: Any = record.get("train_seconds")
+    shares = [record[key] for key in ("top1", "ema_top1") if key in record]
+    return (
+        type(epoch) is int
+        and 0 < epoch <= MOST
+        and (type(loss) in number or loss in ("nan", "inf", "-inf"))
+        and type(seconds) in number
+        and 0 <= seconds < math.inf
+        and all(type(share) in number and 0 <= share <= 100 for share in shares)
+    )
+
+
 def read_gmacs(folder: Path, recipe: Recipe) -> float:
     """Return the GMACs that a run wrote down; those of the former version did not: the model is built."""
     path = folder / "environment.json"
-    try:
-        written = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise EvoViTError(f"{str(path)!r} is no JSON ({error}); move it away.") from error
+    written = read_json(path, "evovit train") if path.exists() else {}
     if "gmacs" in written:
-        return float(written["gmacs"])
-    classes = written.get("num_classes") or recipe.model.num_classes or CLASSES
+        found = written["gmacs"]
+        if type(found) not in (int, float) or not 0 <= found < MOST_GMACS:
+            raise EvoViTError(f"gmacs in {shown(path)} is {shown(found)}, no number of them; move it away.")
+        return float(found)
+    classes = recipe.model.num_classes or check_count(
+        "num_classes", written.get("num_classes", CLASSES), 1, MOST
+    )
     with torch.device("meta"):
         model = build_model(recipe, classes, weights=False)
     return gmacs(model, backbone_of(model).image_shape)

@@ -183,9 +183,7 @@ def read_tensors(path: Path, what: str) -> Any:
             return load_file(path)
         with path.open("rb") as file:
             if not file.read(2).startswith(PYTORCHS):
-                raise EvoViTError(
-                    f"{said} as {what}: it is no file of PyTorch (a page, a pointer of Git LFS?)."
-                )
+                raise EvoViTError(f"{said} as {what}: it is no file of PyTorch (a page, or Git LFS's?).")
         return _load_plain(path)
     except EvoViTError:
         raise
@@ -232,6 +230,8 @@ def plain_state_dict(content: Any, what: str) -> dict[str, Tensor]:
 
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file; raises `EvoViTError` where it cannot be read."""
+    if path.exists() and not path.is_file():  # a pipe would wait for ever
+        raise EvoViTError(f"{shown(path)} cannot be read: it is no file.")
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

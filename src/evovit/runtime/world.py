@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from ipaddress import ip_address
 from traceback import clear_frames
 
 import torch
@@ -62,7 +63,8 @@ def join_world(device: str) -> Iterator[World]:
     if device == "cuda" and not torch.cuda.is_available():
         raise EvoViTError("run.device is 'cuda', but PyTorch finds no CUDA device; use 'auto' or 'cpu'.")
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    size, local = _place("WORLD_SIZE", 1, MOST, "1"), _place("LOCAL_RANK", 0, MOST, "0")
+    size = _place("WORLD_SIZE", 1, MOST, "1")
+    local = _place("LOCAL_RANK", 0, MOST if size == 1 else size - 1, "0")
     place = torch.device("cpu")
     if kind == "cuda":
         place = torch.device(kind, _place("LOCAL_RANK", 0, torch.cuda.device_count() - 1, str(local)))
@@ -93,6 +95,8 @@ def _meet(backend: str, size: int) -> None:
         raise EvoViTError(
             f"WORLD_SIZE is {size}, but MASTER_ADDR is missing; start the processes with torchrun."
         )
+    if not _is_address(address := os.environ["MASTER_ADDR"]):
+        raise EvoViTError(f"MASTER_ADDR is {shown(address)}, no name of a machine: torchrun sets it.")
     try:
         store, rank, _ = next(rendezvous("env://", timeout=JOINING))
         distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
@@ -113,6 +117,13 @@ def _place(name: str, low: int, high: int, default: str | None = None) -> int:
             f"{name} is {shown(text)}; allowed is an integer from {low} to {high}: torchrun sets it."
         )
     return int(text)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        return bool(re.fullmatch(r"[a-zA-Z0-9_][a-zA-Z0-9_.-]*", text) or ip_address(text.partition("%")[0]))
+    except ValueError:
+        return False
 
 
 def _is_of_communication(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,22 @@ def colours_of(recipe: Recipe, model: nn.Module) -> Colours:
     """Return mean and standard deviation by which the images of a recipe are normalised."""
     if recipe.data.source == "digits":
         return (MEAN,) * 3, (STD,) * 3
-    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
-    return tuple(cfg.get("mean", IMAGENET_DEFAULT_MEAN)), tuple(cfg.get("std", IMAGENET_DEFAULT_STD))
+    return colours_in(getattr(model, "pretrained_cfg", None) or {})
+
+
+def colours_in(cfg: Any) -> Colours:
+    """Return mean and standard deviation of a `pretrained_cfg`, which may be a stranger's."""
+    found = cfg.get("mean", IMAGENET_DEFAULT_MEAN), cfg.get("std", IMAGENET_DEFAULT_STD)
+    try:
+        mean, std = (tuple(float(value) for value in values) for values in found)
+        if not len(mean) == len(std) == CHANNELS or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise EvoViTError(
+            f"mean and std of the pretrained_cfg are {shown(found)}; give {CHANNELS} numbers each, std above "
+            "0."
+        ) from None
+    return mean, std
 
 
 def build_objective(recipe: Recipe, model: nn.Module, num_classes: int, *, weights: bool = True) -> Objective:
@@ -146,8 +161,7 @@ def build_objective(recipe: Recipe, model: nn.Module, num_classes: int, *, weigh
                 read_state_dict(goal.teacher_weights),
                 f"objective.teacher, {goal.teacher_weights!r},",
             )
-        cfg: Any = teacher.pretrained_cfg
-        theirs = tuple(cfg.get("mean", IMAGENET_DEFAULT_MEAN)), tuple(cfg.get("std", IMAGENET_DEFAULT_STD))
+        theirs = colours_in(teacher.pretrained_cfg)
     (mean, std), (other_mean, other_std) = (
         [torch.tensor(part, device="cpu") for part in colours]
         for colours in (colours_of(recipe, model), theirs)

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from evovit.errors import EvoViTError
-from evovit.runtime.files import hash_file, remove_leftovers, told, write_atomically, write_text
+from evovit.errors import EvoViTError, shown
+from evovit.runtime.files import hash_file, read_json, remove_leftovers, told, write_atomically, write_text
 
 FOLDER = "checkpoints"
 BEST = "best-"
@@ -66,21 +66,13 @@ def read_checkpoint(folder: Path, name: str) -> Checkpoint:
     """Read a checkpoint and verify it; raises `EvoViTError` where it is damaged."""
     path = folder / f"{name}.safetensors"
     try:
-        content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        content = read_json(folder / f"{name}.json", "evovit")
         if content.pop("self") != _hash(content) or content["tensors"] != hash_file(path):
             raise ValueError("its checksum is wrong")
         if not isinstance(content["plain"], dict):
             raise TypeError("its state is no table")
         return Checkpoint(load_file(path), content["plain"])
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        RecursionError,
-        SafetensorError,
-    ) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else "its checksum or its form is wrong"
         raise EvoViTError(f"The checkpoint {str(folder / name)!r} is damaged ({reason}).") from error
 
@@ -155,8 +147,11 @@ def restore_optimizers(
     for optimizer in optimizers:
         content = optimizer.state_dict()
         flat = [p for group in optimizer.param_groups for p in group["params"]]
-        found = ((i, slots.get(names[id(p)])) for i, p in enumerate(flat))
-        content["state"] = {i: state for i, state in found if state is not None}
+        found = {i: slots[names[id(p)]] for i, p in enumerate(flat) if names[id(p)] in slots}
+        for i, own in found.items():
+            if any(value.ndim and value.shape != flat[i].shape for value in own.values()):
+                raise EvoViTError(f"The state of the optimizer does not fit {shown(names[id(flat[i])])}.")
+        content["state"] = found
         optimizer.load_state_dict(content)
 
 

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from evovit.data.images import Batch, Images
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, check_count, in_one_line, shown
 from evovit.model import ReducedViT
 from evovit.recipe.tables import Recipe
+from evovit.runtime.files import check_fit
 from evovit.runtime.seeds import seed_for
 from evovit.runtime.world import World
 from evovit.train import state
@@ -255,14 +256,15 @@ class Trainer:
         if checkpoint is None:
             return
         tensors, plain = checkpoint
-        self.model.load_state_dict(state.part(tensors, "model."))
-        state.restore_optimizers(self.optimizers, self.names, tensors)
-        for name, value in state.part(tensors, "ema.").items():
-            self.average[name].copy_(value)
-        self.scaler.load_state_dict(plain["scaler"])
-        self.update, self.best, self.totals = plain["update"], plain["best"], plain["totals"]
-        self.skipped, self.skipped_in_row = plain["skipped"], plain["skipped_in_row"]
-        self.images.unreadable |= plain["unreadable"]
+        try:
+            self.restore(tensors, plain)
+        except EvoViTError:
+            raise
+        except Exception as error:  # of strangers, with right checksums
+            raise EvoViTError(
+                f"The checkpoint in {shown(self.folder)} does not fit this training ({in_one_line(error)}); "
+                "restore it, or move the run away."
+            ) from error
         before = {key: plain.get(key, now) for key, now in self.shares.items()}
         if self.records:
             self.records.log(f"going on after update {self.update} of {self.total}")
@@ -272,6 +274,24 @@ class Trainer:
                     f"an update was {then} forwards (processes x forwards of each) and is now {now}: the "
                     "weights will differ from those of an undisturbed run"
                 )
+
+    def restore(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+        """Take over the state of a checkpoint; raises where it is none of this training."""
+        what = f"The checkpoint in {shown(self.folder)}"
+        for prefix, wanted in (("model.", True), ("ema.", bool(self.average))):
+            if wanted:
+                check_fit(self.model, state.part(tensors, prefix), what)
+        self.model.load_state_dict(state.part(tensors, "model."))
+        for name in self.average:
+            self.average[name].copy_(tensors[f"ema.{name}"])
+        state.restore_optimizers(self.optimizers, self.names, tensors)
+        self.scaler.load_state_dict(plain["scaler"])
+        self.update = check_count(f"{what}: update", plain["update"], 0, self.total)
+        self.skipped = check_count(f"{what}: skipped", plain["skipped"], 0, self.update)
+        self.skipped_in_row = check_count(f"{what}: skipped_in_row", plain["skipped_in_row"], 0, self.skipped)
+        self.best = float(plain["best"])
+        self.totals = {key: float(plain["totals"][key]) for key in self.totals}
+        self.images.unreadable |= {str(path): str(why) for path, why in plain["unreadable"].items()}
 
 
 def accumulation(recipe: Recipe, world: World) -> int:
