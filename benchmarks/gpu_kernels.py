@@ -126,7 +126,10 @@ def count(model: nn.Module, images: Tensor, code: Path | None = None) -> Count:
     """Count what Inductor makes of one forward; `code` is a file to write its program into."""
     fake = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
     with pretended_gpu(), torch.no_grad(), config.patch({"triton.autotune_at_compile_time": False}):
-        exported = torch.export.export(model, (images,)).graph_module
+        with mock.patch(
+            "torch.compiler.is_exporting", lambda: False
+        ):  # as a compiled step, not for an engine
+            exported = torch.export.export(model, (images,)).graph_module
         with fake:
             graph, inputs = on_gpu(exported)
         with fake, V.set_fake_mode(fake):

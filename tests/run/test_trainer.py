@@ -314,7 +314,7 @@ def test_eval_and_report_read_what_train_wrote(
         assert f"top-1 {expected:.2f} %" in capsys.readouterr().out
     with pytest.raises(EvoViTError, match="give the folder of a run"):
         eval_command(str(tmp_path / "report"))
-    with pytest.raises(EvoViTError, match="No finished epoch"):
+    with pytest.raises(EvoViTError, match="No run is at or below"):
         report((tmp_path / "report",), out=tmp_path / "nothing")
 
 

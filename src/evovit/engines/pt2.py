@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -22,7 +23,9 @@ class Pt2(Engine):
         torch.export.save(program, path)
 
     def load(self, path: Path, threads: int | None = None) -> Run:
-        module = torch.export.load(path).module()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch 2.9 reads weights into buffers that it says are read-only
+            module = torch.export.load(path).module()
 
         def run(images: Tensor) -> list[Tensor]:
             with torch.no_grad():
