@@ -251,7 +251,7 @@ def test_proportional_attention_counts_a_merged_token_once_per_patch(host: str) 
         blocks = backbone.stages()[0].blocks
         merged = reduced.method.run_block(blocks[0], tokens)
         qkv = blocks[1].qkv(merged)
-        bias = reduced.method.size_bias(merged, torch.float32)
+        bias = reduced.method.size_bias(merged)
         assert bias.shape == (2, 1, 1, merged.x.shape[1])
         ours = blocks[1].attention(merged, qkv, bias).prefix
         rows = F.pad(merged.carry.source + merged.num_prefix, (merged.num_prefix, 0))

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from evovit.backbones import adapter
-from evovit.backbones.base import Backbone, Block, Mix, Stage, expect_class, expect_parts, raster_tokens
-from evovit.backbones.timm_heads import masked_logits
+from evovit.backbones.base import Block, Mix, expect_class, expect_parts, raster_tokens
 from evovit.backbones.timm_relative import biased_output, placed_bias, relative_spec
 from evovit.backbones.timm_rope_blocks import projected, projected_for
+from evovit.backbones.timm_vit import TimmFlat
 from evovit.ops.select import prefix_queries
 from evovit.tokens import QKV, Tokens
 
@@ -84,10 +84,8 @@ class BeitBlock(Block):
 
 
 @adapter("timm.models.beit.Beit")
-class TimmBeit(Backbone):
+class TimmBeit(TimmFlat):
     """View of timm's `Beit`."""
-
-    model: Any
 
     def __init__(self, model: nn.Module) -> None:
         self.model = host = model  # type: Any
@@ -100,7 +98,6 @@ class TimmBeit(Backbone):
         self.raster: Tensor | None = None  # (B, cells), their index
 
     def blocks(self) -> list[BeitBlock]:
-        """Return fresh views of the blocks."""
         return [BeitBlock(b, i, self.shared, self.raster) for i, b in enumerate(self.model.blocks)]
 
     def takes(self, height: int, width: int) -> bool:
@@ -114,25 +111,6 @@ class TimmBeit(Backbone):
         tokens = raster_tokens(x, 1, self.spec.grid)
         self.raster = tokens.index
         return tokens
-
-    def stages(self) -> Sequence[Stage]:
-        return [Stage(None, self.blocks())]
-
-    def norm(self, x: Tensor) -> Tensor:
-        return self.model.norm(x)  # type: ignore[no-any-return]
-
-    def head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.model.forward_head(features, pre_logits=pre_logits)  # type: ignore[no-any-return]
-
-    def masked_head(self, features: Tensor, mask: Tensor) -> Tensor:
-        if self.head_reads_patches:
-            logits = masked_logits(self.model, features, mask, with_prefix=False)
-            if logits is not None:
-                return logits
-        return super().masked_head(features, mask)
-
-    def host_features(self, images: Tensor) -> Tensor:
-        return self.model.forward_features(images)  # type: ignore[no-any-return]
 
     def bypassed(self) -> Iterator[nn.Module]:
         yield from (self.model, self.model.blocks)

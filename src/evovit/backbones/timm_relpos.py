@@ -5,7 +5,7 @@ Checked with timm 1.0.28 to 1.0.31.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,18 +13,16 @@ from torch import Tensor, nn
 
 from evovit.backbones import adapter
 from evovit.backbones.base import (
-    Backbone,
     Block,
     Mix,
-    Stage,
     class_path,
     expect_class,
     expect_parts,
     raster_tokens,
 )
 from evovit.backbones.timm_blocks import fused_qkv
-from evovit.backbones.timm_heads import masked_logits
 from evovit.backbones.timm_relative import biased_output, placed_bias, relative_spec
+from evovit.backbones.timm_vit import TimmFlat
 from evovit.tokens import QKV, Tokens
 
 HOST_PARTS = ("patch_embed", "shared_rel_pos", "cls_token", "blocks", "norm", "fc_norm", "head_drop", "head")
@@ -101,10 +99,8 @@ BLOCKS: dict[str, type[RelPosBlock]] = {
 
 
 @adapter("timm.models.vision_transformer_relpos.VisionTransformerRelPos")
-class TimmRelPos(Backbone):
+class TimmRelPos(TimmFlat):
     """View of timm's `VisionTransformerRelPos`."""
-
-    model: Any
 
     def __init__(self, model: nn.Module) -> None:
         self.model = host = model  # type: Any
@@ -117,7 +113,6 @@ class TimmRelPos(Backbone):
         self.raster: Tensor | None = None  # (B, cells), their index
 
     def blocks(self) -> list[RelPosBlock]:
-        """Return fresh views of the blocks."""
         views = enumerate(self.model.blocks)
         return [BLOCKS[class_path(block)](block, i, self.shared, self.raster) for i, block in views]
 
@@ -132,25 +127,6 @@ class TimmRelPos(Backbone):
         tokens = raster_tokens(x, self.spec.num_prefix, self.spec.grid)
         self.raster = tokens.index
         return tokens
-
-    def stages(self) -> Sequence[Stage]:
-        return [Stage(None, self.blocks())]
-
-    def norm(self, x: Tensor) -> Tensor:
-        return self.model.norm(x)  # type: ignore[no-any-return]
-
-    def head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.model.forward_head(features, pre_logits=pre_logits)  # type: ignore[no-any-return]
-
-    def masked_head(self, features: Tensor, mask: Tensor) -> Tensor:
-        if self.head_reads_patches:
-            logits = masked_logits(self.model, features, mask, with_prefix=False)
-            if logits is not None:
-                return logits
-        return super().masked_head(features, mask)
-
-    def host_features(self, images: Tensor) -> Tensor:
-        return self.model.forward_features(images)  # type: ignore[no-any-return]
 
     def bypassed(self) -> Iterator[nn.Module]:
         yield from (self.model, self.model.blocks)

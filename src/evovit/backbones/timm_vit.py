@@ -5,6 +5,7 @@ Checked with timm 1.0.28 to 1.0.31.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from evovit.backbones import adapter
 from evovit.backbones.base import (
     Backbone,
     BackboneSpec,
+    Block,
     Stage,
     class_path,
     expect_class,
@@ -76,11 +78,39 @@ def timm_takes(host: Any, height: int, width: int) -> bool:
     return getattr(host.patch_embed, "dynamic_img_pad", False) or not (height % rows or width % columns)
 
 
-@adapter("timm.models.vision_transformer.VisionTransformer")
-class TimmViT(Backbone):
-    """View of timm's `VisionTransformer` and its subclasses."""
+class TimmFlat(Backbone):
+    """What views of timm's flat hosts share: one stage, and the host's own norm, head and features."""
 
     model: Any
+    pools_prefix = False  # whether a head that pools reads the prefix tokens too
+
+    @abstractmethod
+    def blocks(self) -> Sequence[Block]:
+        """Return fresh views of the blocks."""
+
+    def stages(self) -> Sequence[Stage]:
+        return [Stage(None, self.blocks())]
+
+    def norm(self, x: Tensor) -> Tensor:
+        return self.model.norm(x)  # type: ignore[no-any-return]
+
+    def head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.model.forward_head(features, pre_logits=pre_logits)  # type: ignore[no-any-return]
+
+    def masked_head(self, features: Tensor, mask: Tensor) -> Tensor:
+        if self.head_reads_patches:
+            logits = masked_logits(self.model, features, mask, self.pools_prefix)
+            if logits is not None:
+                return logits
+        return super().masked_head(features, mask)
+
+    def host_features(self, images: Tensor) -> Tensor:
+        return self.model.forward_features(images)  # type: ignore[no-any-return]
+
+
+@adapter("timm.models.vision_transformer.VisionTransformer")
+class TimmViT(TimmFlat):
+    """View of timm's `VisionTransformer` and its subclasses."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = host = model  # type: Any
@@ -89,9 +119,9 @@ class TimmViT(Backbone):
         self.spec = timm_spec(host, self.blocks()[0].num_heads)
         self.image_shape = (host.in_chans, *host.patch_embed.img_size)
         self.head_reads_patches = host.global_pool != "token" or host.attn_pool is not None
+        self.pools_prefix = host.pool_include_prefix
 
     def blocks(self) -> list[PreNormBlock]:
-        """Return fresh views of the blocks."""
         return [BLOCKS[class_path(b)](b, i) for i, b in enumerate(self.model.blocks)]
 
     def takes(self, height: int, width: int) -> bool:
@@ -103,12 +133,6 @@ class TimmViT(Backbone):
         x = self.model.norm_pre(self.model._pos_embed(x))
         return raster_tokens(x, self.spec.num_prefix, grid)
 
-    def stages(self) -> Sequence[Stage]:
-        return [Stage(None, self.blocks())]
-
-    def norm(self, x: Tensor) -> Tensor:
-        return self.model.norm(x)  # type: ignore[no-any-return]
-
     def head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         out: Tensor | tuple[Tensor, Tensor] = self.model.forward_head(features, pre_logits=pre_logits)
         if isinstance(out, tuple):
@@ -117,16 +141,6 @@ class TimmViT(Backbone):
                 "set_distilled_training(False) on the host to train their mean."
             )
         return out
-
-    def masked_head(self, features: Tensor, mask: Tensor) -> Tensor:
-        if self.head_reads_patches:
-            logits = masked_logits(self.model, features, mask, self.model.pool_include_prefix)
-            if logits is not None:
-                return logits
-        return super().masked_head(features, mask)
-
-    def host_features(self, images: Tensor) -> Tensor:
-        return self.model.forward_features(images)  # type: ignore[no-any-return]
 
     def bypassed(self) -> Iterator[nn.Module]:
         yield from (self.model, self.model.patch_drop, self.model.blocks)

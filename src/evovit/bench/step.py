@@ -143,14 +143,14 @@ def prepare(
     ready = _prepare(model, engines, dtype, batches, train, name)
     images = [batch.images for batch in batches]
     for engine in (engine for engine in engines if engine in EXPORTED):
-        make = partial(exported_step, engine, model, dtype, images)
-        ready.append(_tried(engine, lambda make=make, engine=engine: TimedStep(engine, _warmed(make()))))  # type: ignore[misc]
+        ready.append(_tried(engine, partial(_exported, engine, model, dtype, images)))
     return ready + [TimedStep(engine, None, why) for engine, why in refused.items()]
 
 
-def _warmed(step: Step) -> Step:
-    warm_up(step, 1)
-    return step
+def _exported(engine: str, model: nn.Module, dtype: str, images: Sequence[Tensor]) -> TimedStep:
+    step = exported_step(engine, model, dtype, images)
+    warm_up(step, len(images))
+    return TimedStep(engine, step)
 
 
 def _prepare(

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import io
+import logging
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +24,7 @@ from evovit.model import ReducedViT
 from evovit.tokens import logits_of
 
 PRECISIONS = ("fp32", "fp16", "int8")
+SELECTION, SUM = "TopK", "ReduceSum"  # as ONNX and OpenVINO name them
 
 Run = Callable[[Tensor], list[Tensor]]  # images (B, channels, height, width) float32 to outputs, logits first
 
@@ -145,7 +150,7 @@ def trace(model: nn.Module, image_shape: Sequence[int], plan: Plan, *, half: boo
 
 
 def upstream_products(
-    sources: Mapping[str, Sequence[str]], kinds: Mapping[str, str], starts: Sequence[str], product: str
+    sources: Mapping[str, Sequence[str]], kinds: Mapping[str, str], products: Sequence[str]
 ) -> set[str]:
     """Return the matrix products that selections read first, going back from them.
 
@@ -155,18 +160,18 @@ def upstream_products(
     Args:
         sources: names of the nodes whose outputs each node reads.
         kinds: what each node is.
-        starts: the nodes that select.
-        product: the kind of a matrix product.
+        products: the kinds of matrix products.
     """
-    found, seen, ahead = set[str](), set[str](), list(starts)
+    found, seen = set[str](), set[str]()
+    ahead = [name for name, kind in kinds.items() if kind == SELECTION]
     while ahead:
         name = ahead.pop()
         if name in seen or name not in kinds:
             continue
         seen.add(name)
-        if kinds[name] == product:
+        if kinds[name] in products:
             found.add(name)
-        elif kinds[name] != "ReduceSum":
+        elif kinds[name] != SUM:
             ahead += sources[name]
     return found
 
@@ -174,3 +179,20 @@ def upstream_products(
 def outputs_of(given: Any) -> list[Tensor]:
     """Return outputs as a list of tensors."""
     return list(given) if isinstance(given, list | tuple) else [given]
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep what exporters and quantisers log about themselves off the console."""
+    names = ("torch.onnx", "torch.utils.cpp_extension", "onnxscript", "onnx_ir", "nncf", "")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import logging
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from evovit.engines.base import Engine, Plan, Run, upstream_products
+from evovit.engines.base import Engine, Plan, Run, quietly, upstream_products
 
 OPSET = 20
 QUANTISED = ("MatMul", "Gemm")
-SELECTS = ("TopK",)
 
 
 class Onnx(Engine):
@@ -91,9 +86,7 @@ def _deciding(model: Any) -> set[str]:
     nodes = list(model.graph.node)
     makers = {output: node.name for node in nodes for output in node.output}
     sources = {node.name: [makers[name] for name in node.input if name in makers] for node in nodes}
-    kinds = {node.name: "product" if node.op_type in QUANTISED else node.op_type for node in nodes}
-    starts = [node.name for node in nodes if node.op_type in SELECTS]
-    return upstream_products(sources, kinds, starts, "product")
+    return upstream_products(sources, {node.name: node.op_type for node in nodes}, QUANTISED)
 
 
 class _Reader:
@@ -106,20 +99,3 @@ class _Reader:
         """Return the next input, None at the end."""
         image = next(self.images, None)
         return None if image is None else {"images": image.numpy()}
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Keep what exporters and quantisers log about themselves off the console."""
-    names = ("torch.onnx", "torch.utils.cpp_extension", "onnxscript", "onnx_ir", "nncf", "")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from evovit.engines.base import Engine, Plan, Run, upstream_products
-from evovit.engines.onnx import quietly
+from evovit.engines.base import Engine, Plan, Run, quietly, upstream_products
 
 
 class OpenVino(Engine):
@@ -69,6 +68,6 @@ def _deciding(model: Any) -> set[str]:
         name: [value.get_node().get_friendly_name() for value in node.input_values()]
         for name, node in nodes.items()
     }
-    kinds = {name: node.get_type_name() for name, node in nodes.items()}
-    starts = [name for name, kind in kinds.items() if kind == "TopK"]
-    return upstream_products(sources, kinds, starts, "MatMul")
+    return upstream_products(
+        sources, {name: node.get_type_name() for name, node in nodes.items()}, ("MatMul",)
+    )

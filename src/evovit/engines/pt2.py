@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from evovit.engines.base import Engine, Plan, Run, outputs_of
+from evovit.engines.base import Engine, Plan, Run, outputs_of, quietly
 
 
 class Pt2(Engine):
@@ -23,8 +22,7 @@ class Pt2(Engine):
         torch.export.save(program, path)
 
     def load(self, path: Path, threads: int | None = None) -> Run:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch 2.9 reads weights into buffers that it says are read-only
+        with quietly():  # torch 2.9 warns that it reads weights into read-only buffers
             module = torch.export.load(path).module()
 
         def run(images: Tensor) -> list[Tensor]:

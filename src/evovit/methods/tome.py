@@ -57,16 +57,16 @@ class ToMe(Method):
         self.removed = removed_per_block(config.r, config.inflection, spec)
 
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
-        tokens, qkv = block.attend(tokens, self.size_bias(tokens, tokens.x.dtype))
+        tokens, qkv = block.attend(tokens, self.size_bias(tokens))
         removed = min(self.removed[block.number], tokens.num_patches // 2)
         return block.ffn(self.merge(tokens, qkv.k, removed) if removed > 0 else tokens)
 
-    def size_bias(self, tokens: Tokens, dtype: torch.dtype) -> Tensor | None:
+    def size_bias(self, tokens: Tokens) -> Tensor | None:
         """Return log(size) of every key, (B, 1, 1, P + N): proportional attention (eq. 1), fused kernels."""
         if tokens.size is None or not self.config.proportional_attention:
             return None
         bias = nn.functional.pad(tokens.size.log(), (tokens.num_prefix, 0))  # a prefix token counts once
-        return bias[:, None, None].to(dtype)
+        return bias[:, None, None]
 
     def merge(self, tokens: Tokens, keys: Tensor, removed: int) -> Tokens:
         """Merge `removed` patch tokens into others. A token keeps the grid position of the one merged into.

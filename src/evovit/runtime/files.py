@@ -53,12 +53,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     What a killed process left half written under this name is removed. The file's mode follows the umask.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent, path.name)
-    name = f".{path.name}.{os.getpid()}.{secrets.token_hex(8)}{TEMPORARY}"
-    place = path.with_name(name)  # safetensors makes another file beside the one it is given
-    place.mkdir(0o700)
-    try:
-        temporary = place / name
+    with new_folder(
+        path.parent, path.name
+    ) as place:  # safetensors makes another file beside the one it is given
+        temporary = place / place.name
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode
         write(temporary)
@@ -66,13 +64,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    finally:
-        shutil.rmtree(place)
 
 
 @contextmanager
 def new_folder(folder: Path, name: str) -> Iterator[Path]:
-    """Give a hidden folder to write several files into, and remove it at the end; call from within `told`.
+    """Give a hidden folder to write new files into, and remove it at the end.
 
     What a killed process left under this name is removed.
     """

@@ -120,9 +120,9 @@ def open_model(
         return load_named(text, weights, pretrained), None, "" if weights or pretrained else random
     if pretrained:
         raise EvoViTError("--pretrained is for a timm name; a folder has weights of its own.")
-    if weights and (folder / MANIFEST).is_file():
-        raise EvoViTError("--weights is for a timm name or a run; this folder has weights of its own.")
     if (folder / MANIFEST).is_file():
+        if weights:
+            raise EvoViTError("--weights is for a timm name or a run; this folder has weights of its own.")
         return load_reduced(folder), None, ""
     if not (folder / "recipe.toml").is_file():
         raise EvoViTError(f"{text!r} is neither the folder of a run nor one that save_reduced wrote.")
