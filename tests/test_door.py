@@ -121,7 +121,7 @@ def test_what_the_machine_refuses_is_one_sentence(
         ("bench test_vit --ruonds 3", "Unrecognized options: --ruonds, 3; Perhaps you meant: --rounds INT"),
         ("bench test_vit --nope", "Unrecognized options: --nope; evovit bench --help"),
         ("bench test_vit --batch --", "No batch is given"),
-        ("bench test_vit --dtype --", "No dtype is given"),
+        ("bench test_vit --precision --", "No precision is given"),
         ("bench test_vit --threads 1000000000", "threads is 1000000000; allowed is 1 to 1024"),
         ("bench test_vit --size 1000000000", "size is 1000000000; allowed is 1 to 16384"),
         ("bench test_vit --rounds 1000000000", "rounds is 1000000000; allowed is 1 to 100000"),

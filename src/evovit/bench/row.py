@@ -50,18 +50,14 @@ class Row:
     mac_ratio: float  # dense / this: the most that saved arithmetic can give
     median_ms: float | None = None
     p95_ms: float | None = None
-    cpu_ms: float | None = (
-        None  # of the whole process, all threads; above threads * median_ms others work too
-    )
+    cpu_ms: float | None = None  # of the process, all threads together
     images_per_second: float | None = None
     peak_memory_mb: float | None = None  # 1e6 bytes; with weights and one input; CUDA only
     memory_ratio: float | None = None  # this / dense with the same engine
     speedup: float | None = None  # over dense with the same engine
     noise: float | None = None  # of `speedup`, relative
     conversion: float | None = None  # speedup / mac_ratio
-    speedup_over_eager: float | None = (
-        None  # over the dense host in PyTorch's eager mode, float32; CPU inference
-    )
+    speedup_over_eager: float | None = None  # over the dense host, eager, float32; CPU inference
     speedup_over_best_dense: float | None = None  # over dense with `best_dense_engine`
     verdict_over_best_dense: str = ""
     best_dense_engine: str | None = None

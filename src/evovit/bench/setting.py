@@ -60,7 +60,7 @@ class Setting:
     load: float | None = None  # average of the machine before this process began to work
 
     def __post_init__(self) -> None:
-        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("precision", self.dtype, DTYPES)
         check_choice("device", self.device, ("cpu", "cuda"))
         for engine in self.engines:
             check_choice("engine", engine, ENGINES)
@@ -72,7 +72,7 @@ class Setting:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise EvoViTError("device is 'cuda', but PyTorch finds no CUDA device; use 'cpu'.")
         if self.dtype == "tf32" and self.device != "cuda":
-            raise EvoViTError("dtype 'tf32' is a mode of CUDA devices; use 'fp32' on the CPU.")
+            raise EvoViTError("precision 'tf32' is a mode of CUDA devices; use 'fp32' on the CPU.")
 
     def __str__(self) -> str:
         return f"{self.model} {self.device} {self.dtype} batch {self.batch} {self.task}"
@@ -111,7 +111,7 @@ def parse_settings(
     """
     if not models:
         raise EvoViTError("No model is given; give a timm name, for example deit_small_patch16_224.")
-    for name, given in (("dtype", dtypes), ("batch", batches)):
+    for name, given in (("precision", dtypes), ("batch", batches)):
         if not given:
             raise EvoViTError(f"No {name} is given; give one or more.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
