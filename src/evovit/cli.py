@@ -18,6 +18,7 @@ COMMANDS = {
     "quickstart": "train a small ViT and the same as Evo-ViT on built-in digits, in minutes",
     "bench": "time a model and reduced versions of it, in turn",
     "eval": "test a model or a run on images, dense and reduced",
+    "calibrate": "find the patches a model can do without, on unlabelled images",
     "export": "write a model for ONNX Runtime, OpenVINO or PyTorch, and prove the file",
     "train": "train a recipe; the same command again goes on where it stopped",
     "compare": "train recipes under equal budgets and lay them side by side",
