@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from evovit.ops.mask import mask_bias, masked_max, masked_mean
-from evovit.ops.score import attention_column_mean, class_attention, random_score, running_score
+from evovit.ops.score import (
+    attention_column_mean,
+    class_attention,
+    random_score,
+    representation_shift,
+    running_score,
+)
 from evovit.ops.select import (
     best_by_count,
     best_by_threshold,
@@ -43,6 +49,19 @@ def test_column_mean_is_the_attention_a_token_receives(bias: bool) -> None:
     full = qkv.q @ qkv.k.transpose(-2, -1) * qkv.scale + (qkv.bias if bias else 0)
     expected = full.softmax(-1).mean((1, 2))[:, 1:]
     assert torch.allclose(attention_column_mean(qkv, 1), expected, atol=1e-6)
+
+
+def test_representation_shift_is_the_distance_of_the_branch_from_its_input() -> None:
+    before, branch = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+    found = representation_shift(before, before + branch)
+    for image in range(2):
+        for row in range(5):
+            shift = sum(
+                (float(b) - float(a)) ** 2
+                for a, b in zip(before[image, row], branch[image, row], strict=True)
+            )
+            assert float(found[image, row]) == pytest.approx(shift**0.5, rel=1e-5)
+    assert representation_shift(before.bfloat16(), before.bfloat16()).dtype == torch.float32
 
 
 def test_scores_are_float32_for_every_precision() -> None:

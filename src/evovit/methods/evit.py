@@ -20,14 +20,14 @@ from evovit.backbones.base import BackboneSpec, Block
 from evovit.errors import EvoViTError, check_count
 from evovit.methods import register
 from evovit.methods.base import Method, check_blocks, require_class_token
-from evovit.ops.score import attention_column_mean, class_attention
+from evovit.ops.score import attention_column_mean, class_attention, representation_shift
 from evovit.ops.select import keep_rows, split_top
 from evovit.ops.update import weighted_sum
 from evovit.options import Count, Number, Ratio, Share, option
 from evovit.schedule import KeepSchedule, per_block
 from evovit.tokens import Tokens
 
-Selection = Literal["class", "column_mean"]
+Selection = Literal["class", "column_mean", "shift"]
 Counts = Literal["current", "initial"]
 SCORES = {"class": class_attention, "column_mean": attention_column_mean}
 
@@ -56,12 +56,14 @@ class EViT(Method):
         shrink: tuple[Share, Share] | None = option(
             None, "shares of the training; the ratio falls from 1 between"
         )
-        selection: Selection = option("class", "column_mean is for hosts without class token")
+        selection: Selection = option(
+            "class", "column_mean and shift (by the FFN, then after it) are for hosts without class token"
+        )
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
         if config.selection == "class":
-            require_class_token(spec, "selection='class'", "'column_mean'")
+            require_class_token(spec, "selection='class'", "'column_mean' or 'shift'")
         check_blocks(config.blocks, spec.depth)
         count = len(config.blocks)
         self.keep_ratios = per_block(config.keep_ratio, count, "keep_ratio", "reducing blocks")
@@ -97,9 +99,16 @@ class EViT(Method):
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
         tokens, qkv = block.attend(tokens)
         keep = self.count(block.number, tokens)
-        if keep is not None:
-            tokens = self.reorganise(tokens, SCORES[self.config.selection](qkv, tokens.num_prefix), keep)
-        return block.ffn(tokens)
+        if keep is None:
+            return block.ffn(tokens)
+        if self.config.selection == "shift":
+            after = block.ffn(tokens)
+            score = representation_shift(tokens.patches, after.patches)
+            return self.reorganise(
+                after, score / score.sum(-1, keepdim=True), keep
+            )  # it weighs, as attention
+        score = SCORES[self.config.selection](qkv, tokens.num_prefix)
+        return block.ffn(self.reorganise(tokens, score, keep))
 
     def reorganise(self, tokens: Tokens, score: Tensor, keep: int) -> Tokens:
         """Return prefix, the kept in their order, and the fused token (index -1) last.

@@ -19,14 +19,19 @@ from evovit.backbones.timm_levit_blocks import LevitEntry, even_cells
 from evovit.errors import EvoViTError, check_choice
 from evovit.methods import register
 from evovit.methods.base import Method, require_class_token
-from evovit.ops.score import attention_column_mean, class_attention, running_score
+from evovit.ops.score import (
+    attention_column_mean,
+    class_attention,
+    representation_shift,
+    running_score,
+)
 from evovit.ops.slow_fast import Waiting, bring_back, num_awake, score_awake, set_aside
 from evovit.options import Number, Ratio, Share, option
 from evovit.schedule import KeepSchedule
 from evovit.tokens import QKV, Tokens
 
 Mode = Literal["stage", "layer"]
-Selection = Literal["global", "class", "column_mean"]
+Selection = Literal["global", "class", "column_mean", "shift"]
 SCORES = {"global": class_attention, "class": class_attention, "column_mean": attention_column_mean}
 
 
@@ -54,15 +59,17 @@ class EvoLeViT(Method):
         fast_update: bool = option(
             True, "representative token, eq. 5 to 7; false: placeholders wait unchanged"
         )
-        selection: Selection = option("global", "class: no history; column_mean: hosts without class token")
+        selection: Selection = option(
+            "global", "class: no history; column_mean, shift (by the FFN): hosts without class token"
+        )
         switch_at: Share | None = option(
             None, "share of the training in layer mode with `trade_off`; paper: 2/3"
         )
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        if config.selection != "column_mean":
-            require_class_token(spec, f"selection={config.selection!r}", "'column_mean'")
+        if config.selection not in ("column_mean", "shift"):
+            require_class_token(spec, f"selection={config.selection!r}", "'column_mean' or 'shift'")
         self.schedule = KeepSchedule.from_block(spec.depth, config.keep_ratio, config.start_block)
         self.firsts = (0, *accumulate(spec.depths))[:-1]  # the first block of each stage
         self.learn_tradeoff = nn.ParameterList(nn.Parameter(torch.zeros(1)) for _ in range(spec.depth))
@@ -96,11 +103,15 @@ class EvoLeViT(Method):
             keep = self.schedule.count(number, tokens.num_cells)
             if keep is not None:
                 tokens = set_aside(tokens, tokens.carry.score, keep, self.config.fast_update)
-        tokens, qkv = block.attend(tokens)
-        if self.is_read(number):
-            trade_off = self.old_weight(self.learn_tradeoff[number])
-            tokens = score_awake(tokens, self.measure(qkv, tokens), trade_off)
-        return block.ffn(tokens)
+        attended, qkv = block.attend(tokens)
+        if not self.is_read(number):
+            return block.ffn(attended)
+        trade_off = self.old_weight(self.learn_tradeoff[number])
+        if self.config.selection == "shift":
+            after, awake = block.ffn(attended), num_awake(attended.carry)
+            new = representation_shift(attended.patches[:, :awake], after.patches[:, :awake])
+            return score_awake(after, new if self.config.fast_update else new.detach(), trade_off)
+        return block.ffn(score_awake(attended, self.measure(qkv, attended), trade_off))
 
     def enter_stage(self, stage: Stage, tokens: Tokens) -> Tokens:
         if not isinstance(stage.enter, LevitEntry):
@@ -111,7 +122,8 @@ class EvoLeViT(Method):
         if not self.is_read(number - 1):
             return tokens.change(carry=Waiting())
         stride = stage.enter.stride
-        new = even_cells(self.measure(qkv, tokens), grid, stride)
+        shift = self.config.selection == "shift"  # of the last FFN: between the stages there is none
+        new = even_cells(old if shift else self.measure(qkv, tokens), grid, stride)
         trade_off = self.old_weight(self.enter_tradeoff[self.firsts.index(number) - 1])
         score = running_score(even_cells(old, grid, stride), new, trade_off)
         total = old.sum(-1, keepdim=True)  # stays what it was, so that old and new scores compare

@@ -12,19 +12,25 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from annotated_types import Ge, Le
+from torch import Tensor
 
 from evovit.backbones.base import BackboneSpec, Block, Stage, last_qkv
 from evovit.errors import EvoViTError, check_choice, check_count
 from evovit.methods import register
 from evovit.methods.base import ClassTokenHead, Method, require_class_token
-from evovit.ops.score import attention_column_mean, class_attention, random_score
+from evovit.ops.score import (
+    attention_column_mean,
+    class_attention,
+    random_score,
+    representation_shift,
+)
 from evovit.ops.slow_fast import Waiting, bring_back, num_awake, score_awake, set_aside
 from evovit.options import Count, Number, Ratio, Share, option
 from evovit.schedule import KeepSchedule, per_block
-from evovit.tokens import QKV, Tokens
+from evovit.tokens import Tokens
 
 Mode = Literal["stage", "layer"]
-Selection = Literal["global", "class", "last_class", "column_mean", "random"]
+Selection = Literal["global", "class", "last_class", "column_mean", "shift", "random"]
 SCORES = {"global": class_attention, "class": class_attention, "column_mean": attention_column_mean}
 
 
@@ -58,7 +64,9 @@ class EvoViT(Method):
         multiple_of: Annotated[int, Ge(1), Le(256)] = option(
             1, "rows of a reduced block: its nearest multiple with half of the kept; 8 suits tensor cores"
         )
-        selection: Selection = option("global", "class is eq. 3 without history")
+        selection: Selection = option(
+            "global", "class is eq. 3 without history; column_mean and shift need no class token"
+        )
         preserve: bool = option(True, "false: placeholders are dropped (table 3, naive selection)")
         rejoin_last: bool = option(
             True, "false: the head sees the awake alone (`prunecls` of the released code)"
@@ -70,8 +78,9 @@ class EvoViT(Method):
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        if config.selection not in ("column_mean", "random"):
-            require_class_token(spec, f"selection={config.selection!r}", "'column_mean' or 'random'")
+        if config.selection not in ("column_mean", "shift", "random"):
+            instead = "'column_mean', 'shift' or 'random'"
+            require_class_token(spec, f"selection={config.selection!r}", instead)
         if config.fast_update and not config.preserve:
             raise EvoViTError("fast_update updates the placeholders that preserve=False drops; turn one off.")
         if config.assisted_head:
@@ -110,8 +119,16 @@ class EvoViT(Method):
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
         if self.schedule.starts_stage(block.number, self.length):
             tokens = self.split(self.join(tokens), block.number)
-        tokens, qkv = block.attend(tokens)
-        return block.ffn(self.rate(tokens, qkv, block.number))
+        attended, qkv = block.attend(tokens)
+        if not self.is_read(block.number):
+            return block.ffn(attended)
+        awake = num_awake(attended.carry)
+        if self.config.selection == "shift":
+            after = block.ffn(attended)
+            new = representation_shift(attended.patches[:, :awake], after.patches[:, :awake])
+            return self.rate(after, new, block.number)
+        new = SCORES[self.config.selection](qkv, attended.num_prefix, awake)
+        return block.ffn(self.rate(attended, new, block.number))
 
     def split(self, tokens: Tokens, number: int) -> Tokens:
         """Let the informative tokens and the representative one go on; the placeholders wait."""
@@ -123,12 +140,13 @@ class EvoViT(Method):
             score = random_score(tokens.index, None if self.training else number)
         return set_aside(tokens, score, keep, self.config.fast_update)
 
-    def rate(self, tokens: Tokens, qkv: QKV, number: int) -> Tokens:
-        """Evolve the score of the tokens that took part (eq. 4), if a later selection reads it."""
-        measure = SCORES.get(self.config.selection)
-        if measure is None or not self.schedule.reads_score(number, self.length, self.old_weights):
-            return tokens
-        new = measure(qkv, tokens.num_prefix, num_awake(tokens.carry))
+    def is_read(self, number: int) -> bool:
+        """Tell whether a later selection reads the score of block `number`."""
+        scores = self.config.selection == "shift" or self.config.selection in SCORES
+        return scores and self.schedule.reads_score(number, self.length, self.old_weights)
+
+    def rate(self, tokens: Tokens, new: Tensor, number: int) -> Tokens:
+        """Evolve the score of the tokens that took part (eq. 4); `new` (B, K) float32 is this block's."""
         new = new if self.config.fast_update else new.detach()  # it weighs tokens (eq. 5), or only ranks them
         return score_awake(tokens, new, self.old_weights[number])
 

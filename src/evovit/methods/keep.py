@@ -1,6 +1,7 @@
 """Keep some patch tokens and drop the others: the plain baselines every comparison needs.
 
-Top-K by class attention, random and evenly spaced, with the counts of EViT or DynamicViT. Nothing is fused.
+Top-K by class attention, by column mean or by representation shift (Choi et al., ICCV 2025), random and
+evenly spaced, with the counts of EViT or DynamicViT. Nothing is fused.
 """
 
 from __future__ import annotations
@@ -13,13 +14,18 @@ from torch import Tensor
 from evovit.backbones.base import BackboneSpec, Block
 from evovit.methods import register
 from evovit.methods.base import Method, check_blocks, require_class_token
-from evovit.ops.score import attention_column_mean, class_attention, random_score
+from evovit.ops.score import (
+    attention_column_mean,
+    class_attention,
+    random_score,
+    representation_shift,
+)
 from evovit.ops.select import even_rows, keep_rows, split_top
 from evovit.options import Number, Ratio, option
 from evovit.schedule import KeepSchedule
 from evovit.tokens import QKV, Tokens
 
-Selection = Literal["class", "column_mean", "random", "even"]
+Selection = Literal["class", "column_mean", "shift", "random", "even"]
 
 
 @register("keep")
@@ -38,14 +44,16 @@ class Keep(Method):
             0.7, "r: r, r^2, ... of all patches; a list has one per reducing block"
         )
         blocks: tuple[Number, ...] = option(
-            (3, 6, 9), "that reduce, between attention and FFN; counted from 0"
+            (3, 6, 9), "that reduce, between attention and FFN, with shift after it; counted from 0"
         )
-        selection: Selection = option("class", "top attention from the class token or from all; or plain")
+        selection: Selection = option(
+            "class", "top attention from the class token or from all, top shift by the FFN; or plain"
+        )
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
         if config.selection == "class":
-            require_class_token(spec, "selection='class'", "'column_mean', 'random' or 'even'")
+            require_class_token(spec, "selection='class'", "'column_mean', 'shift', 'random' or 'even'")
         check_blocks(config.blocks, spec.depth)
         self.schedule = KeepSchedule.at_blocks(spec.depth, config.keep_ratio, config.blocks)
 
@@ -55,9 +63,13 @@ class Keep(Method):
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
         tokens, qkv = block.attend(tokens)
         keep = self.schedule.count(block.number, tokens.num_cells)
-        if keep is not None and keep < tokens.num_patches:
-            tokens = keep_rows(tokens, self.rows(tokens, qkv, keep, block.number))
-        return block.ffn(tokens)
+        if keep is None or keep >= tokens.num_patches:
+            return block.ffn(tokens)
+        if self.config.selection == "shift":
+            after = block.ffn(tokens)
+            score = representation_shift(tokens.patches, after.patches)
+            return keep_rows(after, split_top(score, keep).rows)
+        return block.ffn(keep_rows(tokens, self.rows(tokens, qkv, keep, block.number)))
 
     def rows(self, tokens: Tokens, qkv: QKV, keep: int, number: int) -> Tensor:
         """Return who stays, (B, keep) int64 ascending; random draws afresh in training alone."""
