@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -107,3 +108,28 @@ def test_representation_shift_at_the_published_points_costs_what_is_published() 
         host, "keep", selection="shift", keep_ratio=0.8, blocks=(0, 3, 6), last_block="all"
     )
     assert gmacs(model, (3, 224, 224)) == pytest.approx(2.95, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("keep", {"blocks": (1,)}), ("evit", {"blocks": (1,)}), ("evo_vit", {"start_block": 1})],
+)
+@pytest.mark.parametrize("host", ["siglip", "vit"])
+def test_representation_shift_trains_compiles_and_exports(
+    host: str, method: str, options: dict[str, Any]
+) -> None:
+    torch._dynamo.reset()
+    reduced = evovit.reduce_tokens(make_host(host), method, selection="shift", **options).train()
+    reduced(pictures()).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in reduced.parameters())
+    reduced.eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own exporter
+        compiled = torch.compile(reduced, fullgraph=True, backend="aot_eager")
+        assert_close(compiled(pictures()), reduced(pictures()))
+        program = torch.export.export(reduced, (pictures(),), dynamic_shapes=({0: batch},)).module()
+        for count in (1, 5):
+            assert_close(program(pictures(count)), reduced(pictures(count)))
+        half = reduced.bfloat16()(pictures().bfloat16())
+    assert half.isfinite().all() and half.dtype == torch.bfloat16
