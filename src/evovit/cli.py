@@ -19,6 +19,7 @@ COMMANDS = {
     "bench": "time a model and reduced versions of it, in turn",
     "eval": "test a model or a run on images, dense and reduced",
     "export": "write a model for ONNX Runtime, OpenVINO or PyTorch, and prove the file",
+    "analyse": "show what a model attends to and keeps: the paper's figures 2, 4 and 5",
     "train": "train a recipe; the same command again goes on where it stopped",
     "compare": "train recipes under equal budgets and lay them side by side",
     "report": "lay finished runs side by side",
