@@ -96,10 +96,11 @@ def analyse(
         reduced = reduced.to(world.device)
         print(f"{len(photographs.images)} images, {depth} blocks", flush=True)
         measures, other = measure(reduced, photographs.images), other_mode(reduced)
+        is_dense = name_of(reduced.method) == DENSE
         first = next((block.number for block in measures.blocks if 0 < block.kept < 1), None)
         found = Analysis(
             model=model,
-            method="" if name_of(reduced.method) == DENSE else described(reduced),
+            method="" if is_dense else described(reduced),
             images=images,
             has_class_token=reduced.method.spec.has_class_token,
             measures=measures,
@@ -107,6 +108,7 @@ def analyse(
             views=look(reduced, few),
             blocks=tuple(sorted(set(blocks))) or spread_blocks(depth),
             first_block=first,
+            unreduced=None if is_dense else measure(reduced.model, photographs.images).jaccard,
             mode=getattr(reduced.method, "mode", "") if other else "",
             moments=moments(reduced, Path(model), photographs.images, few, first, checkpoints)
             if first is not None and not method and (Path(model) / "recipe.toml").is_file()

@@ -52,6 +52,7 @@ class Analysis:
     other_mode: str = ""
     other_measures: Measures | None = None
     other_views: Views | None = None
+    unreduced: Tensor | None = None  # `Measures.jaccard` of the same weights with nothing reduced
     moments: tuple[Moment, ...] = ()  # of a run, oldest first
 
     def beside(self, mode: str, measures: Measures, views: Views) -> Analysis:
@@ -107,6 +108,8 @@ def pictures_of(found: Analysis) -> dict[str, Picture]:
         matrices = {f"{found.mode} mode" if found.mode else "": measures.jaccard[rows][:, rows]}
         if found.other_measures is not None:
             matrices[f"{found.other_mode} mode"] = found.other_measures.jaccard[rows][:, rows]
+        if found.unreduced is not None:
+            matrices["nothing reduced"] = found.unreduced[rows][:, rows]
         pictures["agreement"] = drawn(draw_agreement(matrices, blocks), "Jaccard index of each two blocks")
     return pictures
 
@@ -158,6 +161,7 @@ def numbers_of(found: Analysis) -> dict[str, Any]:
         "mode": found.mode,
         "other_mode": found.other_mode,
         "other_jaccard": None if other is None else other.jaccard.tolist(),
+        "unreduced_jaccard": None if found.unreduced is None else found.unreduced.tolist(),
         "training": {moment.name: moment.agreement for moment in found.moments},
     }
 
@@ -229,6 +233,10 @@ def agreement_sentence(found: Analysis, matrix: Tensor, where: Sequence[int]) ->
         text += f" in {found.mode} mode"
     if found.other_measures is not None:
         text += f", in {found.other_mode} mode {told(found.other_measures.jaccard)}"
+    if found.unreduced is not None:
+        text += (
+            f"; the halves that class attention would choose with nothing reduced: {told(found.unreduced)}"
+        )
     return f"{text}; by chance about {sum(pairs) / len(pairs):.2f}."
 
 
@@ -247,7 +255,7 @@ def parts_of(found: Analysis, sentences: Sequence[str], pictures: dict[str, Pict
     if "scores" in pictures:
         parts += [
             Paragraph(
-                "What the method itself ranks the patches by, in the blocks that select; a darkened patch "
+                "What the method itself ranks the patches by, in the blocks that select; a grey patch "
                 "has no score there."
             ),
             pictures["scores"],
@@ -299,7 +307,9 @@ QUERY_TEXT = (
 )
 AGREEMENT_TEXT = (
     "Jaccard index of the informative tokens of each two blocks, mean over images: 1 is the same patches. "
-    "Blocks that share one selection (stage mode) have 1 by construction."
+    "Blocks that share one selection (stage mode) have 1 by construction. Nothing reduced: the same weights "
+    "with all tokens in every block, and the half that class attention up to each block would choose. Where "
+    "only those who take part get new scores, a selection can agree with itself more than attention does."
 )
 
 
@@ -311,7 +321,7 @@ def attention_text(found: Analysis) -> str:
             "This model has no class token; shown is the attention that each patch receives, mean over heads "
             f"and over all tokens that ask (table 4, column mean). {scaled}"
         )
-    absent = " A darkened patch takes no part in the block." if found.method else ""
+    absent = " A grey patch takes no part in the block." if found.method else ""
     return f"Attention of the class token to the patches (eq. 3), mean over heads. {scaled}{absent}"
 
 

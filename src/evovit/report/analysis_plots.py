@@ -9,10 +9,12 @@ from torch import Tensor
 
 from evovit.analyse import BlockMeasures
 from evovit.report.plots import outside_legend
-from evovit.visualize import plain, shade
+from evovit.visualize import on_cells, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+GREY = 0.85  # of a patch without a value
 
 
 def draw_maps(colours: Tensor, maps: Mapping[str, Tensor], titles: Sequence[str]) -> Figure:
@@ -20,7 +22,7 @@ def draw_maps(colours: Tensor, maps: Mapping[str, Tensor], titles: Sequence[str]
 
     Args:
         colours: (B, 3, height, width) in [0, 1].
-        maps: by name (B, rows, columns); NaN leaves the image, darkened.
+        maps: by name (B, rows, columns); NaN is grey.
         titles: one per image.
     """
     from matplotlib.figure import Figure
@@ -36,7 +38,8 @@ def draw_maps(colours: Tensor, maps: Mapping[str, Tensor], titles: Sequence[str]
                 panel.set_title(plain(titles[i]), fontsize=8)
                 continue
             name, values = list(maps.items())[place - 1]
-            panel.imshow(shade(image, ~values[i].isnan()).permute(1, 2, 0).numpy())
+            absent = on_cells(values[i][None].isnan(), (height, width))[0]
+            panel.imshow(image.where(~absent, GREY).permute(1, 2, 0).numpy())
             extent = (-0.5, width - 0.5, height - 0.5, -0.5)
             if not values[i].isnan().all():  # NaN is transparent
                 look: Any = {"cmap": "inferno", "alpha": 0.7, "interpolation": "nearest"}
