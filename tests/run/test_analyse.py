@@ -81,9 +81,11 @@ def test_weights_stay_every_so_many_epochs(run: Path, tmp_path: Path) -> None:
     assert len(kept) == 4 and [name for name, _ in weights_by_epoch(run, 2)] == ["epoch 1", "epoch 4"]
     last = weights_by_epoch(run, 9)[-1][1]
     assert all(torch.equal(last[key], value) for key, value in weights_by_epoch(run, 2)[1][1].items())
+    (run / "checkpoints/epoch-000000099.safetensors").write_bytes(b"cut off")  # of a killed process
     recipe = small(tmp_path, *SMALL[:3], "run.keep_every=3")
     assert "finished" in train_here(recipe, run)  # another number is no other training, and nothing goes
     assert [name for name in course(run / "checkpoints").values() if name.startswith("epoch-")] == kept
+    assert len(list((run / "checkpoints").glob("epoch-*.safetensors"))) == 4
 
 
 def test_without_keep_every_the_last_two_are_shown(tmp_path: Path) -> None:
