@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from evovit.backbones.base import BackboneSpec, Block
 from evovit.errors import EvoViTError, check_count
 from evovit.methods import register
-from evovit.methods.base import Method, check_blocks, require_class_token
+from evovit.methods.base import Method, ScheduledConfig, check_blocks, falling, require_class_token
 from evovit.ops.score import attention_column_mean, class_attention
 from evovit.ops.select import keep_rows, split_top
 from evovit.ops.update import weighted_sum
@@ -41,7 +41,7 @@ class EViT(Method):
     example: ClassVar = {"blocks": (1,)}
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Method.Config):
+    class Config(ScheduledConfig):
         """Options of EViT; the defaults are the paper's."""
 
         keep_ratio: Ratio | tuple[Ratio, ...] = option(
@@ -62,17 +62,29 @@ class EViT(Method):
         super().__init__(config, spec)
         if config.selection == "class":
             require_class_token(spec, "selection='class'", "'column_mean'")
-        check_blocks(config.blocks, spec.depth)
+        if config.keep_per_block is None:
+            check_blocks(config.blocks, spec.depth)
         count = len(config.blocks)
-        self.keep_ratios = per_block(config.keep_ratio, count, "keep_ratio", "reducing blocks")
         if config.keep is not None and (len(config.keep) != count or config.shrink is not None):
             raise EvoViTError(f"keep is {config.keep!r}; give one count per block in blocks, and no shrink.")
         for keep in config.keep or ():
             check_count("keep", keep, 1, math.prod(spec.grid))
         if config.shrink is not None and not config.shrink[0] < config.shrink[1]:
             raise EvoViTError(f"shrink is {config.shrink!r}; give two rising shares of the training, 0 to 1.")
+        if config.keep_per_block is not None and (config.keep is not None or config.shrink is not None):
+            raise EvoViTError("keep_per_block stands alone; leave keep and shrink out.")
+        self.plan(config)
+
+    def plan(self, config: Config) -> None:
+        self.reducing = config.blocks
+        count = len(self.reducing)
+        self.keep_ratios = per_block(config.keep_ratio, count, "keep_ratio", "reducing blocks")
         self.ratios = self.keep_ratios  # in force now
-        if config.keep is None:
+        if config.keep_per_block is not None:
+            counts = config.keep_per_block
+            self.schedule = KeepSchedule.from_counts(self.spec.depth, counts, math.prod(self.spec.grid))
+            self.reducing = falling(counts)
+        elif config.keep is None:
             self.reduce_to(self.keep_ratios)
 
     def reduce_to(self, ratios: Iterable[float]) -> None:
@@ -85,10 +97,12 @@ class EViT(Method):
 
     def count(self, number: int, tokens: Tokens) -> int | None:
         """Return how many patch tokens block `number` keeps, the fused one not counted; None for all."""
-        if number not in self.config.blocks:
+        if number not in self.reducing:
             return None
-        if self.config.keep is not None:
-            keep: int | None = self.config.keep[self.config.blocks.index(number)]
+        if self.config.keep_per_block is not None:
+            keep: int | None = self.schedule.count(number, tokens.num_cells)
+        elif self.config.keep is not None:
+            keep = self.config.keep[self.config.blocks.index(number)]
         else:
             whole = tokens.num_cells if self.config.counts == "initial" else tokens.num_patches
             keep = self.schedule.count(number, whole)
@@ -128,9 +142,12 @@ class EViT(Method):
                 "run.reduce_from_epoch and reduce_ramp_epochs would; choose one."
             )
         super().set_reduction(share)  # refuses explicit counts
-        self.reduce_to(ratio if share == 1 else 1 - share * (1 - ratio) for ratio in self.keep_ratios)
+        if self.config.keep_per_block is None:
+            self.reduce_to(ratio if share == 1 else 1 - share * (1 - ratio) for ratio in self.keep_ratios)
 
     def current_config(self) -> Any:
+        if self.config.keep_per_block is not None:
+            return super().current_config()
         if self.ratios == self.keep_ratios:
             return self.config
         return replace(self.config, keep_ratio=self.ratios, shrink=None)

@@ -63,11 +63,14 @@ class EvoLeViT(Method):
         super().__init__(config, spec)
         if config.selection != "column_mean":
             require_class_token(spec, f"selection={config.selection!r}", "'column_mean'")
-        self.schedule = KeepSchedule.from_block(spec.depth, config.keep_ratio, config.start_block)
+        self.plan(config)
         self.firsts = (0, *accumulate(spec.depths))[:-1]  # the first block of each stage
         self.learn_tradeoff = nn.ParameterList(nn.Parameter(torch.zeros(1)) for _ in range(spec.depth))
         self.enter_tradeoff = nn.ParameterList(nn.Parameter(torch.zeros(1)) for _ in self.firsts[1:])
         self.mode, self.learns = config.mode, config.learn_trade_off
+
+    def plan(self, config: Config) -> None:
+        self.schedule = KeepSchedule.from_block(self.spec.depth, config.keep_ratio, config.start_block)
 
     @property
     def mode(self) -> Mode:

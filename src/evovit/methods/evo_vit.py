@@ -16,7 +16,7 @@ from annotated_types import Ge, Le
 from evovit.backbones.base import BackboneSpec, Block, Stage, last_qkv
 from evovit.errors import EvoViTError, check_choice, check_count
 from evovit.methods import register
-from evovit.methods.base import ClassTokenHead, Method, require_class_token
+from evovit.methods.base import ClassTokenHead, Method, ScheduledConfig, require_class_token
 from evovit.ops.score import attention_column_mean, class_attention, random_score
 from evovit.ops.slow_fast import Waiting, bring_back, num_awake, score_awake, set_aside
 from evovit.options import Count, Number, Ratio, Share, option
@@ -38,7 +38,7 @@ class EvoViT(Method):
     example: ClassVar = {"start_block": 1, "stage_length": 2}
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Method.Config):
+    class Config(ScheduledConfig):
         """Options of Evo-ViT; the defaults are the paper's."""
 
         keep_ratio: Ratio | tuple[Ratio, ...] = option(
@@ -80,12 +80,21 @@ class EvoViT(Method):
         self.keeps_grid = config.preserve and config.rejoin_last
         rows = math.prod(spec.grid) + spec.num_prefix
         check_count("multiple_of", config.multiple_of, 1, rows, "rows of an unreduced block")
-        start, multiple = config.start_block, config.multiple_of
-        self.schedule = KeepSchedule.from_block(spec.depth, config.keep_ratio, start, multiple)
         trade_off = per_block(config.trade_off, spec.depth, "trade_off")
         self.old_weights = trade_off if config.selection == "global" else (0.0,) * spec.depth
         self.class_head = ClassTokenHead(spec) if config.assisted_head else None
         self.mode = config.mode
+        self.plan(config)
+
+    def plan(self, config: Config) -> None:
+        depth, multiple = self.spec.depth, config.multiple_of
+        if config.keep_per_block is not None:
+            whole = math.prod(self.spec.grid)
+            schedule = KeepSchedule.from_counts(depth, config.keep_per_block, whole)
+            self.schedule = replace(schedule, multiple_of=multiple)
+        else:
+            start = config.start_block
+            self.schedule = KeepSchedule.from_block(depth, config.keep_ratio, start, multiple)
 
     @property
     def mode(self) -> Mode:

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from evovit.backbones.base import BackboneSpec, Block
 from evovit.methods import register
-from evovit.methods.base import Method, check_blocks, require_class_token
+from evovit.methods.base import Method, ScheduledConfig, require_class_token, schedule_at_blocks
 from evovit.ops.score import attention_column_mean, class_attention, random_score
 from evovit.ops.select import even_rows, keep_rows, split_top
 from evovit.options import Number, Ratio, option
-from evovit.schedule import KeepSchedule
 from evovit.tokens import QKV, Tokens
 
 Selection = Literal["class", "column_mean", "random", "even"]
@@ -31,7 +30,7 @@ class Keep(Method):
     example: ClassVar = {"blocks": (1, 2)}
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Method.Config):
+    class Config(ScheduledConfig):
         """Options of the baselines."""
 
         keep_ratio: Ratio | tuple[Ratio, ...] = option(
@@ -46,11 +45,13 @@ class Keep(Method):
         super().__init__(config, spec)
         if config.selection == "class":
             require_class_token(spec, "selection='class'", "'column_mean', 'random' or 'even'")
-        check_blocks(config.blocks, spec.depth)
-        self.schedule = KeepSchedule.at_blocks(spec.depth, config.keep_ratio, config.blocks)
+        self.plan(config)
+
+    def plan(self, config: Config) -> None:
+        self.schedule, self.reducing = schedule_at_blocks(config, self.spec)
 
     def ratios_now(self) -> tuple[float, ...]:
-        return tuple(self.schedule.ratios[number] for number in self.config.blocks)
+        return tuple(self.schedule.ratios[number] for number in self.reducing)
 
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
         tokens, qkv = block.attend(tokens)
