@@ -19,6 +19,7 @@ Model road: image -> tokens -> score -> select -> update -> head
   macs         multiply-accumulates of one image
   fuse         batch norms folded into the layers beside them
   visualize    which patches were kept, as masks and pictures
+  analyse      what each block attends to, computes alike and keeps: figures 2, 4 and 5
 
 Run road: recipe -> numbers
   runtime      files, processes, seeds, environment

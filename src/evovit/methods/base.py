@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,6 +16,13 @@ from evovit.ops.restore import rows_by_place
 from evovit.options import Count, Options, option
 from evovit.schedule import KeepSchedule
 from evovit.tokens import Tokens
+
+
+class Ranking(NamedTuple):
+    """What a selection ranks patch tokens by."""
+
+    score: Tensor  # (B, N) float32; the highest stay
+    index: Tensor  # type: ignore[assignment]  # (B, N) int64, the raster position of each; -1 without one
 
 
 class Method(nn.Module, ABC):
@@ -112,6 +119,14 @@ class Method(nn.Module, ABC):
             grid: (rows, columns) when the stage began.
         """
         return rows_by_place(tokens.index, grid[0] * grid[1])
+
+    def ranking(self, block: Block, tokens: Tokens) -> Ranking | None:
+        """Return what the selection in this block ranks by, for pictures; default: None, it has none.
+
+        Args:
+            tokens: as `run_block` gets them, in evaluation.
+        """
+        return None
 
     def extra_logits(self, tokens: Tokens) -> dict[str, Tensor]:
         """Return logits (B, classes) for the training loss by name; default: the assisted head's, if any."""

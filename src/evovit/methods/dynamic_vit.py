@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from evovit.backbones.base import BackboneSpec, Block
 from evovit.methods import register
-from evovit.methods.base import Method, ScheduledConfig, schedule_at_blocks
+from evovit.methods.base import Method, Ranking, ScheduledConfig, schedule_at_blocks
 from evovit.ops.distance import kept_distance, logit_divergence
 from evovit.ops.mask import gumbel_keep, gumbel_noise, masked_attention
 from evovit.ops.select import keep_rows, split_top
@@ -119,6 +119,11 @@ class DynamicViT(Method):
         if keep is None or keep >= tokens.num_patches:
             return tokens
         return keep_rows(tokens, split_top(self.scores(tokens, number)[..., 0], keep).rows)
+
+    def ranking(self, block: Block, tokens: Tokens) -> Ranking | None:
+        if self.schedule.ratios[block.number] == 1:
+            return None
+        return Ranking(self.scores(tokens, block.number)[..., 0], tokens.index)
 
     def sample(self, tokens: Tokens, number: int) -> Tokens:
         """Mask tokens out at random, by their scores; who is out stays out (training)."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from evovit.backbones.base import BackboneSpec, Block
 from evovit.errors import EvoViTError, check_count
 from evovit.methods import register
-from evovit.methods.base import Method, ScheduledConfig, check_blocks, falling, require_class_token
+from evovit.methods.base import Method, Ranking, ScheduledConfig, check_blocks, falling, require_class_token
 from evovit.ops.score import attention_column_mean, class_attention
 from evovit.ops.select import keep_rows, split_top
 from evovit.ops.update import weighted_sum
@@ -114,6 +114,11 @@ class EViT(Method):
         if keep is not None:
             tokens = self.reorganise(tokens, SCORES[self.config.selection](qkv, tokens.num_prefix), keep)
         return block.ffn(tokens)
+
+    def ranking(self, block: Block, tokens: Tokens) -> Ranking | None:
+        if self.count(block.number, tokens) is None:
+            return None
+        return Ranking(SCORES[self.config.selection](block.qkv(tokens), tokens.num_prefix), tokens.index)
 
     def reorganise(self, tokens: Tokens, score: Tensor, keep: int) -> Tokens:
         """Return prefix, the kept in their order, and the fused token (index -1) last.

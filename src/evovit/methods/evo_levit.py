@@ -18,7 +18,7 @@ from evovit.backbones.base import BackboneSpec, Block, Stage
 from evovit.backbones.timm_levit_blocks import LevitEntry, even_cells
 from evovit.errors import EvoViTError, check_choice
 from evovit.methods import register
-from evovit.methods.base import Method, require_class_token
+from evovit.methods.base import Method, Ranking, require_class_token
 from evovit.ops.score import attention_column_mean, class_attention, running_score
 from evovit.ops.slow_fast import Waiting, bring_back, num_awake, score_awake, set_aside
 from evovit.options import Number, Ratio, Share, option
@@ -127,6 +127,12 @@ class EvoLeViT(Method):
         """Tell whether tokens are selected anew before block `number`."""
         first = max(start for start in self.firsts if start <= number)
         return self.mode == "layer" or number == max(first, self.config.start_block)
+
+    def ranking(self, block: Block, tokens: Tokens) -> Ranking | None:
+        if not self.selects(block.number) or self.schedule.ratios[block.number] == 1:
+            return None
+        tokens = bring_back(tokens)
+        return Ranking(tokens.carry.score, tokens.index)
 
     def is_read(self, number: int) -> bool:
         """Tell whether a later selection reads the score of block `number`."""

@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from annotated_types import Ge, Le
+from torch import Tensor
 
 from evovit.backbones.base import BackboneSpec, Block, Stage, last_qkv
 from evovit.errors import EvoViTError, check_choice, check_count
 from evovit.methods import register
-from evovit.methods.base import ClassTokenHead, Method, ScheduledConfig, require_class_token
+from evovit.methods.base import ClassTokenHead, Method, Ranking, ScheduledConfig, require_class_token
 from evovit.ops.score import attention_column_mean, class_attention, random_score
 from evovit.ops.slow_fast import Waiting, bring_back, num_awake, score_awake, set_aside
 from evovit.options import Count, Number, Ratio, Share, option
@@ -127,10 +128,20 @@ class EvoViT(Method):
         keep = self.schedule.count(number, tokens.num_cells, tokens.num_prefix + self.config.fast_update)
         if keep is None or keep >= tokens.num_patches:
             return tokens
-        score = tokens.carry.score
+        return set_aside(tokens, self.score(tokens, number), keep, self.config.fast_update)
+
+    def score(self, tokens: Tokens, number: int) -> Tensor:
+        """Return what the informative tokens of block `number` are selected by, (B, N) float32."""
         if self.config.selection == "random":
-            score = random_score(tokens.index, None if self.training else number)
-        return set_aside(tokens, score, keep, self.config.fast_update)
+            return random_score(tokens.index, None if self.training else number)
+        return tokens.carry.score  # type: ignore[no-any-return]
+
+    def ranking(self, block: Block, tokens: Tokens) -> Ranking | None:
+        number = block.number
+        if self.schedule.ratios[number] == 1 or not self.schedule.starts_stage(number, self.length):
+            return None
+        tokens = self.join(tokens)
+        return Ranking(self.score(tokens, number), tokens.index)
 
     def rate(self, tokens: Tokens, qkv: QKV, number: int) -> Tokens:
         """Evolve the score of the tokens that took part (eq. 4), if a later selection reads it."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from evovit.backbones.base import BackboneSpec, Block
 from evovit.errors import check_count
 from evovit.methods import register
-from evovit.methods.base import Method, ScheduledConfig, require_class_token
+from evovit.methods.base import Method, Ranking, ScheduledConfig, require_class_token
 from evovit.ops.distance import feature_distance, head_mean_attention, logit_divergence, token_cut
 from evovit.ops.score import attention_column_mean, class_logit_mean
 from evovit.ops.select import keep_rows, put, split_top, take, take_qkv, with_prefix
@@ -126,6 +126,12 @@ class IdleViT(Method):
             return tokens
         x = put(state.before, state.rows, tokens.x)
         return tokens.change(x=x, index=state.places, carry=Idle(cuts=state.cuts))
+
+    def ranking(self, block: Block, tokens: Tokens) -> Ranking | None:
+        tokens = self.finish(tokens)
+        if self.schedule.count(block.number, tokens.num_cells) is None:
+            return None
+        return Ranking(SCORES[self.config.selection](block.qkv(tokens), tokens.num_prefix), tokens.index)
 
     def token_cut(self, qkv: QKV, kept: Tensor, num_prefix: int) -> Tensor:
         """Return the token cut loss of one block; it needs the full attention matrix."""

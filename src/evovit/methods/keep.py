@@ -12,7 +12,13 @@ from torch import Tensor
 
 from evovit.backbones.base import BackboneSpec, Block
 from evovit.methods import register
-from evovit.methods.base import Method, ScheduledConfig, require_class_token, schedule_at_blocks
+from evovit.methods.base import (
+    Method,
+    Ranking,
+    ScheduledConfig,
+    require_class_token,
+    schedule_at_blocks,
+)
 from evovit.ops.score import attention_column_mean, class_attention, random_score
 from evovit.ops.select import even_rows, keep_rows, split_top
 from evovit.options import Number, Ratio, option
@@ -62,12 +68,18 @@ class Keep(Method):
 
     def rows(self, tokens: Tokens, qkv: QKV, keep: int, number: int) -> Tensor:
         """Return who stays, (B, keep) int64 ascending; random draws afresh in training alone."""
-        selection = self.config.selection
-        if selection == "even":
+        if self.config.selection == "even":
             return even_rows(tokens.index, keep)
-        if selection == "random":
-            score = random_score(tokens.index, None if self.training else number)
-        else:
-            measure = class_attention if selection == "class" else attention_column_mean
-            score = measure(qkv, tokens.num_prefix)
-        return split_top(score, keep).rows
+        return split_top(self.score(tokens, qkv, number), keep).rows
+
+    def score(self, tokens: Tokens, qkv: QKV, number: int) -> Tensor:
+        """Return what tokens are ranked by, (B, N) float32; evenly spaced ones are not."""
+        if self.config.selection == "random":
+            return random_score(tokens.index, None if self.training else number)
+        measure = class_attention if self.config.selection == "class" else attention_column_mean
+        return measure(qkv, tokens.num_prefix)
+
+    def ranking(self, block: Block, tokens: Tokens) -> Ranking | None:
+        if self.schedule.ratios[block.number] == 1 or self.config.selection == "even":
+            return None
+        return Ranking(self.score(tokens, block.qkv(tokens), block.number), tokens.index)

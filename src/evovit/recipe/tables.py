@@ -225,6 +225,9 @@ class RunTable(Options):
     checkpoint_every: Number = option(
         0, "updates between checkpoints, beside the one after each epoch; 0: none"
     )
+    keep_every: Number = option(
+        0, "epochs between weights that stay in checkpoints/ for evovit analyse; 0: none"
+    )
     max_skipped: Count = option(10, "updates in a row skipped for a non-finite loss before the run stops")
     log_to: Literal["none", "tensorboard", "wandb"] = option("none", "also log to this, if installed")
 

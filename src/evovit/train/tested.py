@@ -24,8 +24,9 @@ from evovit.runtime.files import read_state_dict
 from evovit.runtime.world import World
 from evovit.train.build import build_model, colours_of, fit, open_images_of
 from evovit.train.evaluate import evaluate
+from evovit.train.records import EPOCHS, read_lines
 from evovit.train.run import settle
-from evovit.train.state import read_weights
+from evovit.train.state import FOLDER, course, part, read_checkpoint, read_weights
 
 OF_A_RUN = ("last", "best", "ema")
 
@@ -145,6 +146,25 @@ def _splits(folder: Path) -> dict[str, Any]:
     """Return the data table's source and splits for one folder of test images."""
     folder = folder.resolve()
     return {"source": str(folder.parent), "train_split": folder.name, "test_split": folder.name}
+
+
+def weights_by_epoch(run: Path, most: int) -> list[tuple[str, dict[str, Tensor]]]:
+    """Return the weights of a run's checkpoints, each with the name of its epoch, oldest first.
+
+    Args:
+        most: so many at most, 2 or more, evenly spread; first and last are among them.
+    """
+    epochs = {record["update"]: record.get("epoch") for record in read_lines(run / EPOCHS)}
+    found = list(course(run / FOLDER).items())
+    if len(found) > most:
+        found = [found[round(i * (len(found) - 1) / (most - 1))] for i in range(most)]
+    return [
+        (
+            f"epoch {epochs[update]}" if update in epochs else f"update {update}",
+            part(read_checkpoint(run / FOLDER, name).tensors, "model."),
+        )
+        for update, name in found
+    ]
 
 
 def places_of(names: Sequence[str], model: Any) -> Tensor | None:

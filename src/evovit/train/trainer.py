@@ -223,6 +223,8 @@ class Trainer:
         if record.get("top1", -1.0) > self.best:
             self.best = record["top1"]
             self.save(state.BEST)
+        if run.keep_every and (epoch + 1) % run.keep_every == 0:
+            self.save(state.COURSE)
         self.save()
 
     def test_budgets(self) -> dict[str, float]:
