@@ -12,14 +12,15 @@ from torch import Tensor
 
 from evovit.backbones.base import BackboneSpec, Block
 from evovit.methods import register
-from evovit.methods.base import Method, check_blocks, require_class_token
-from evovit.ops.score import attention_column_mean, class_attention, random_score
+from evovit.methods.base import Method, check_blocks
+from evovit.methods.selection import check_selection, patch_score
+from evovit.ops.score import random_score
 from evovit.ops.select import even_rows, keep_rows, split_top
 from evovit.options import Number, Ratio, option
 from evovit.schedule import KeepSchedule
 from evovit.tokens import QKV, Tokens
 
-Selection = Literal["class", "column_mean", "random", "even"]
+Selection = Literal["class", "column_mean", "key_norm", "probe", "random", "even"]
 
 
 @register("keep")
@@ -40,12 +41,13 @@ class Keep(Method):
         blocks: tuple[Number, ...] = option(
             (3, 6, 9), "that reduce, between attention and FFN; counted from 0"
         )
-        selection: Selection = option("class", "top attention from the class token or from all; or plain")
+        selection: Selection = option(
+            "class", "top attention of the class token; what hosts without one have; or plain"
+        )
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        if config.selection == "class":
-            require_class_token(spec, "selection='class'", "'column_mean', 'random' or 'even'")
+        check_selection(config.selection, spec, ("random", "even"))
         check_blocks(config.blocks, spec.depth)
         self.schedule = KeepSchedule.at_blocks(spec.depth, config.keep_ratio, config.blocks)
 
@@ -53,20 +55,20 @@ class Keep(Method):
         return tuple(self.schedule.ratios[number] for number in self.config.blocks)
 
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
-        tokens, qkv = block.attend(tokens)
+        found = tokens
+        tokens, qkv = block.attend(found)
         keep = self.schedule.count(block.number, tokens.num_cells)
         if keep is not None and keep < tokens.num_patches:
-            tokens = keep_rows(tokens, self.rows(tokens, qkv, keep, block.number))
+            tokens = keep_rows(tokens, self.rows(block, found, qkv, keep))
         return block.ffn(tokens)
 
-    def rows(self, tokens: Tokens, qkv: QKV, keep: int, number: int) -> Tensor:
-        """Return who stays, (B, keep) int64 ascending; random draws afresh in training alone."""
+    def rows(self, block: Block, tokens: Tokens, qkv: QKV, keep: int) -> Tensor:
+        """Return who of those a block found stays, (B, keep) int64 ascending; random is fresh in training."""
         selection = self.config.selection
         if selection == "even":
             return even_rows(tokens.index, keep)
         if selection == "random":
-            score = random_score(tokens.index, None if self.training else number)
+            score = random_score(tokens.index, None if self.training else block.number)
         else:
-            measure = class_attention if selection == "class" else attention_column_mean
-            score = measure(qkv, tokens.num_prefix)
+            score = patch_score(selection, qkv, tokens, block.probe)
         return split_top(score, keep).rows
