@@ -303,12 +303,12 @@ class ReducedViT(nn.Module):
 
     def get_classifier(self) -> Any:
         """Return the host's classifier."""
-        return self.host.get_classifier()
+        return adapt(self.model).classifier()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give host and method a fresh head for `num_classes`."""
         check_count("num_classes", num_classes, 0, MOST)
-        self.host.reset_classifier(num_classes, global_pool)
+        adapt(self.model).reset_classifier(num_classes, global_pool)
         self.method.reset_classifier(num_classes)
 
     def no_weight_decay(self) -> set[str]:
@@ -324,6 +324,11 @@ class ReducedViT(nn.Module):
                 return "|".join(f"^model\\.{part.removeprefix('^')}" for part in pattern.split("|"))
             return [(prefixed(part), order) for part, order in pattern]
 
+        if not hasattr(self.host, "group_matcher"):
+            raise EvoViTError(
+                f"{type(self.model).__name__} has no group_matcher, as timm's hosts have; group its "
+                "named_parameters by their names."
+            )
         return {group: prefixed(pattern) for group, pattern in self.host.group_matcher(coarse).items()}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -19,17 +19,16 @@ from torch import Tensor, nn
 from evovit.backbones.base import BackboneSpec, Block
 from evovit.errors import EvoViTError, check_count
 from evovit.methods import register
-from evovit.methods.base import Method, Ranking, ScheduledConfig, check_blocks, falling, require_class_token
-from evovit.ops.score import attention_column_mean, class_attention
+from evovit.methods.base import Method, Ranking, ScheduledConfig, check_blocks, falling
+from evovit.methods.selection import check_selection, patch_score
 from evovit.ops.select import keep_rows, split_top
 from evovit.ops.update import weighted_sum
 from evovit.options import Count, Number, Ratio, Share, option
 from evovit.schedule import KeepSchedule, per_block
 from evovit.tokens import Tokens
 
-Selection = Literal["class", "column_mean"]
+Selection = Literal["class", "column_mean", "key_norm", "probe"]
 Counts = Literal["current", "initial"]
-SCORES = {"class": class_attention, "column_mean": attention_column_mean}
 
 
 @register("evit")
@@ -56,12 +55,11 @@ class EViT(Method):
         shrink: tuple[Share, Share] | None = option(
             None, "shares of the training; the ratio falls from 1 between"
         )
-        selection: Selection = option("class", "column_mean is for hosts without class token")
+        selection: Selection = option("class", "the others are for hosts without class token")
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        if config.selection == "class":
-            require_class_token(spec, "selection='class'", "'column_mean'")
+        check_selection(config.selection, spec)
         if config.keep_per_block is None:
             check_blocks(config.blocks, spec.depth)
         count = len(config.blocks)
@@ -109,16 +107,19 @@ class EViT(Method):
         return None if keep is None or keep >= tokens.num_patches else keep
 
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
-        tokens, qkv = block.attend(tokens)
+        found = tokens
+        tokens, qkv = block.attend(found)
         keep = self.count(block.number, tokens)
         if keep is not None:
-            tokens = self.reorganise(tokens, SCORES[self.config.selection](qkv, tokens.num_prefix), keep)
+            score = patch_score(self.config.selection, qkv, found, block.probe)
+            tokens = self.reorganise(tokens, score, keep)
         return block.ffn(tokens)
 
     def ranking(self, block: Block, tokens: Tokens) -> Ranking | None:
         if self.count(block.number, tokens) is None:
             return None
-        return Ranking(SCORES[self.config.selection](block.qkv(tokens), tokens.num_prefix), tokens.index)
+        score = patch_score(self.config.selection, block.qkv(tokens), tokens, block.probe)
+        return Ranking(score, tokens.index)
 
     def reorganise(self, tokens: Tokens, score: Tensor, keep: int) -> Tokens:
         """Return prefix, the kept in their order, and the fused token (index -1) last.
