@@ -254,7 +254,7 @@ def test_the_fused_token_is_the_weighted_sum_after_attention() -> None:
         ({"keep": (8, 8)}, "give one count per block"),
         ({"shrink": (0.5, 0.2)}, "shrink is .* give two rising shares"),
         ({"counts": "all"}, "counts is 'all'; allowed is current or initial"),
-        ({"selection": "best"}, "selection is 'best'; allowed is class or column_mean"),
+        ({"selection": "best"}, "selection is 'best'; allowed is class, column_mean, key_norm or probe"),
     ],
 )
 def test_wrong_options_are_refused_in_one_sentence(options: dict[str, Any], sentence: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from evovit.backbones.base import BackboneSpec, Block, Stage
 from evovit.errors import EvoViTError, check_count
 from evovit.ops.restore import rows_by_place
-from evovit.options import Options
+from evovit.options import Count, Options, option
 from evovit.schedule import KeepSchedule
 from evovit.tokens import Tokens
 
@@ -76,6 +77,23 @@ class Method(nn.Module, ABC):
             )
         super().__setattr__(name, value)
 
+    def plan(self, config: Any) -> None:
+        """Set the counts that follow from these options; methods with `keep_ratio` or the like do."""
+
+    def config_at(self, budget: float) -> Any:
+        """Return the options under which the method keeps this share, (0, 1]; default: of `keep_ratio`."""
+        name = type(self).__name__
+        if not hasattr(self.config, "keep_ratio") or type(self).plan is Method.plan:
+            raise EvoViTError(f"{name} has no keep ratio that a budget could set.")
+        if getattr(self.config, "keep_per_block", None) is not None:
+            raise EvoViTError(f"keep_per_block already says what {name} keeps; budgets need keep_ratio.")
+        return replace(self.config, keep_ratio=budget)
+
+    def set_budget(self, budget: float | None) -> None:
+        """Reduce as with `config_at(budget)`, or with None as the options say; weights stay as they are."""
+        self.full_schedule, self.reduction = None, 1.0
+        self.plan(self.config if budget is None else self.config_at(budget))
+
     @abstractmethod
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
         """Run one block, reducing as the method does. THE method."""
@@ -121,7 +139,11 @@ class Method(nn.Module, ABC):
 
     def current_config(self) -> Any:
         """Return the options under which a fresh method does what this one does now."""
-        return self.config if self.reduction == 1 else replace(self.config, keep_ratio=self.ratios_now())
+        if self.reduction == 1:
+            return self.config
+        if getattr(self.config, "keep_per_block", None) is not None:
+            return replace(self.config, keep_per_block=self.schedule.counts(math.prod(self.spec.grid)))
+        return replace(self.config, keep_ratio=self.ratios_now())
 
     def ratios_now(self) -> tuple[float, ...]:
         """Return the list that the option `keep_ratio` would be now; default: one per block."""
@@ -146,6 +168,36 @@ class Method(nn.Module, ABC):
         self.full_schedule, self.reduction = self.full_schedule or self.schedule, share
         ratios = tuple(1 - share * (1 - ratio) for ratio in self.full_schedule.ratios)
         self.schedule = self.full_schedule if share == 1 else replace(self.full_schedule, ratios=ratios)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduledConfig(Method.Config):
+    """Options of a method that takes its schedule as one count per block, too."""
+
+    keep_per_block: tuple[Count, ...] | None = option(
+        None,
+        "patch tokens that each block keeps at the host's image size, instead of keep_ratio; one per block",
+    )
+
+
+def falling(counts: Sequence[int]) -> tuple[int, ...]:
+    """Return the blocks where counts fall; raises `EvoViTError` where they rise, for methods that drop."""
+    for number in range(1, len(counts)):
+        if counts[number] > counts[number - 1]:
+            raise EvoViTError(
+                f"keep_per_block rises from {counts[number - 1]} to {counts[number]} at block {number}; "
+                "dropped tokens do not come back: give counts that never rise."
+            )
+    return tuple(number for number in range(1, len(counts)) if counts[number] < counts[number - 1])
+
+
+def schedule_at_blocks(config: Any, spec: BackboneSpec) -> tuple[KeepSchedule, tuple[int, ...]]:
+    """Return the schedule, and the blocks that reduce, of a method that drops at a few `blocks`."""
+    if config.keep_per_block is None:
+        check_blocks(config.blocks, spec.depth)
+        return KeepSchedule.at_blocks(spec.depth, config.keep_ratio, config.blocks), config.blocks
+    counts = config.keep_per_block
+    return KeepSchedule.from_counts(spec.depth, counts, math.prod(spec.grid)), falling(counts)
 
 
 def require_class_token(spec: BackboneSpec, what: str, instead: str) -> None:

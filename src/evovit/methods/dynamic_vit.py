@@ -16,12 +16,11 @@ from torch.nn import functional as F
 
 from evovit.backbones.base import BackboneSpec, Block
 from evovit.methods import register
-from evovit.methods.base import Method, Ranking, check_blocks
+from evovit.methods.base import Method, Ranking, ScheduledConfig, schedule_at_blocks
 from evovit.ops.distance import kept_distance, logit_divergence
 from evovit.ops.mask import gumbel_keep, gumbel_noise, masked_attention
 from evovit.ops.select import keep_rows, split_top
 from evovit.options import Number, Ratio, Weight, option
-from evovit.schedule import KeepSchedule
 from evovit.tokens import Tokens
 
 RatioOf = Literal["image", "batch"]
@@ -75,7 +74,7 @@ class DynamicViT(Method):
     example: ClassVar = {"blocks": (1, 3)}
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Method.Config):
+    class Config(ScheduledConfig):
         """Options of DynamicViT; the defaults are the released ones for DeiT-S."""
 
         keep_ratio: Ratio | tuple[Ratio, ...] = option(
@@ -90,18 +89,20 @@ class DynamicViT(Method):
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        check_blocks(config.blocks, spec.depth)
-        self.schedule = KeepSchedule.at_blocks(spec.depth, config.keep_ratio, config.blocks)
+        self.plan(config)
         self.learns_from_teacher = config.logit_weight > 0 or config.token_weight > 0
-        self.score_predictor = nn.ModuleList(ScorePredictor(spec.dims[-1]) for _ in config.blocks)
+        self.score_predictor = nn.ModuleList(ScorePredictor(spec.dims[-1]) for _ in self.reducing)
+
+    def plan(self, config: Config) -> None:
+        self.schedule, self.reducing = schedule_at_blocks(config, self.spec)
 
     def ratios_now(self) -> tuple[float, ...]:
-        return tuple(self.schedule.ratios[number] for number in self.config.blocks)
+        return tuple(self.schedule.ratios[number] for number in self.reducing)
 
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
         if not self.training:
             return block(self.drop(tokens, block.number))
-        if block.number in self.config.blocks:
+        if block.number in self.reducing:
             tokens = self.sample(tokens, block.number)
         mask = F.pad(tokens.taking_part, (tokens.num_prefix, 0), value=1.0)
         mix = partial(masked_attention, mask=mask)
@@ -109,7 +110,7 @@ class DynamicViT(Method):
 
     def scores(self, tokens: Tokens, number: int) -> Tensor:
         """Return log-probabilities of keep and drop before block `number`, (B, N, 2) float32."""
-        predictor = self.score_predictor[self.config.blocks.index(number)]
+        predictor = self.score_predictor[self.reducing.index(number)]
         return predictor(tokens.patches, tokens.taking_part)  # type: ignore[no-any-return]
 
     def drop(self, tokens: Tokens, number: int) -> Tokens:
@@ -138,7 +139,7 @@ class DynamicViT(Method):
         config, keeps = self.config, outputs.tokens.carry.keeps if outputs.tokens.carry else ()
         if not keeps:
             return {}
-        pairs = zip(keeps, (self.schedule.ratios[number] for number in config.blocks), strict=True)
+        pairs = zip(keeps, (self.schedule.ratios[number] for number in self.reducing), strict=True)
         dims = 1 if config.ratio_of == "image" else (0, 1)
         gaps = torch.stack([(keep.mean(dims) - ratio).square().mean() for keep, ratio in pairs])
         terms = {"ratio": config.ratio_weight * gaps.mean()}

@@ -12,14 +12,19 @@ from torch import Tensor
 
 from evovit.backbones.base import BackboneSpec, Block
 from evovit.methods import register
-from evovit.methods.base import Method, Ranking, check_blocks, require_class_token
-from evovit.ops.score import attention_column_mean, class_attention, random_score
+from evovit.methods.base import (
+    Method,
+    Ranking,
+    ScheduledConfig,
+    schedule_at_blocks,
+)
+from evovit.methods.selection import check_selection, patch_score
+from evovit.ops.score import random_score
 from evovit.ops.select import even_rows, keep_rows, split_top
 from evovit.options import Number, Ratio, option
-from evovit.schedule import KeepSchedule
 from evovit.tokens import QKV, Tokens
 
-Selection = Literal["class", "column_mean", "random", "even"]
+Selection = Literal["class", "column_mean", "key_norm", "probe", "random", "even"]
 
 
 @register("keep")
@@ -31,7 +36,7 @@ class Keep(Method):
     example: ClassVar = {"blocks": (1, 2)}
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Method.Config):
+    class Config(ScheduledConfig):
         """Options of the baselines."""
 
         keep_ratio: Ratio | tuple[Ratio, ...] = option(
@@ -40,39 +45,42 @@ class Keep(Method):
         blocks: tuple[Number, ...] = option(
             (3, 6, 9), "that reduce, between attention and FFN; counted from 0"
         )
-        selection: Selection = option("class", "top attention from the class token or from all; or plain")
+        selection: Selection = option(
+            "class", "top attention of the class token; what hosts without one have; or plain"
+        )
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        if config.selection == "class":
-            require_class_token(spec, "selection='class'", "'column_mean', 'random' or 'even'")
-        check_blocks(config.blocks, spec.depth)
-        self.schedule = KeepSchedule.at_blocks(spec.depth, config.keep_ratio, config.blocks)
+        check_selection(config.selection, spec, ("random", "even"))
+        self.plan(config)
+
+    def plan(self, config: Config) -> None:
+        self.schedule, self.reducing = schedule_at_blocks(config, self.spec)
 
     def ratios_now(self) -> tuple[float, ...]:
-        return tuple(self.schedule.ratios[number] for number in self.config.blocks)
+        return tuple(self.schedule.ratios[number] for number in self.reducing)
 
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
-        tokens, qkv = block.attend(tokens)
+        found = tokens
+        tokens, qkv = block.attend(found)
         keep = self.schedule.count(block.number, tokens.num_cells)
         if keep is not None and keep < tokens.num_patches:
-            tokens = keep_rows(tokens, self.rows(tokens, qkv, keep, block.number))
+            tokens = keep_rows(tokens, self.rows(block, found, qkv, keep))
         return block.ffn(tokens)
 
-    def rows(self, tokens: Tokens, qkv: QKV, keep: int, number: int) -> Tensor:
-        """Return who stays, (B, keep) int64 ascending; random draws afresh in training alone."""
+    def rows(self, block: Block, tokens: Tokens, qkv: QKV, keep: int) -> Tensor:
+        """Return who of those a block found stays, (B, keep) int64 ascending."""
         if self.config.selection == "even":
             return even_rows(tokens.index, keep)
-        return split_top(self.score(tokens, qkv, number), keep).rows
+        return split_top(self.score(block, tokens, qkv), keep).rows
 
-    def score(self, tokens: Tokens, qkv: QKV, number: int) -> Tensor:
-        """Return what tokens are ranked by, (B, N) float32; evenly spaced ones are not."""
+    def score(self, block: Block, tokens: Tokens, qkv: QKV) -> Tensor:
+        """Return what tokens are ranked by, (B, N) float32; random draws afresh in training alone."""
         if self.config.selection == "random":
-            return random_score(tokens.index, None if self.training else number)
-        measure = class_attention if self.config.selection == "class" else attention_column_mean
-        return measure(qkv, tokens.num_prefix)
+            return random_score(tokens.index, None if self.training else block.number)
+        return patch_score(self.config.selection, qkv, tokens, block.probe)
 
     def ranking(self, block: Block, tokens: Tokens) -> Ranking | None:
         if self.schedule.ratios[block.number] == 1 or self.config.selection == "even":
             return None
-        return Ranking(self.score(tokens, block.qkv(tokens), block.number), tokens.index)
+        return Ranking(self.score(block, tokens, block.qkv(tokens)), tokens.index)
