@@ -1,13 +1,13 @@
 """EViT: reorganise tokens between attention and FFN (Liang et al., ICLR 2022).
 
 The class attention of the block ranks its patch tokens; the others are fused into one token, weighted with
-their attention, or dropped. No new parameters.
+their attention, dropped, or squeezed into the kept (eTPS, Wei et al., CVPR 2023). No new parameters.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from operator import mul
@@ -21,13 +21,15 @@ from evovit.errors import EvoViTError, check_count
 from evovit.methods import register
 from evovit.methods.base import Method, check_blocks, require_class_token
 from evovit.ops.score import attention_column_mean, class_attention
-from evovit.ops.select import keep_rows, split_top
+from evovit.ops.select import split_top
+from evovit.ops.squeeze import Temperature, keep_split
 from evovit.ops.update import weighted_sum
 from evovit.options import Count, Number, Ratio, Share, option
 from evovit.schedule import KeepSchedule, per_block
 from evovit.tokens import Tokens
 
 Selection = Literal["class", "column_mean"]
+Rest = Literal["fuse", "drop", "squeeze"]
 Counts = Literal["current", "initial"]
 SCORES = {"class": class_attention, "column_mean": attention_column_mean}
 
@@ -48,7 +50,8 @@ class EViT(Method):
             0.7, "of the patch tokens present; a list has one per reducing block"
         )
         blocks: tuple[Number, ...] = option((3, 6, 9), "that reduce, counted from 0")
-        fuse: bool = option(True, "false: the inattentive tokens are dropped")
+        rest: Rest = option("fuse", "the inattentive: fused into one, dropped, or joined to the most similar")
+        temperature: Temperature = option(1.0, "of the cosines that weigh who is squeezed")
         counts: Counts = option("current", "ceil(ratio * present); initial: int(ratio product * all)")
         keep: tuple[Count, ...] | None = option(
             None, "patch tokens left per reducing block, instead of ratios"
@@ -57,6 +60,14 @@ class EViT(Method):
             None, "shares of the training; the ratio falls from 1 between"
         )
         selection: Selection = option("class", "column_mean is for hosts without class token")
+
+        @classmethod
+        def renamed(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
+            """Read `fuse`, true or false, which `rest` was until version 0.1."""
+            if not isinstance(options.get("fuse"), bool) or "rest" in options:
+                return options
+            rest = "fuse" if options["fuse"] else "drop"
+            return {name: value for name, value in options.items() if name != "fuse"} | {"rest": rest}
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
@@ -71,6 +82,7 @@ class EViT(Method):
             check_count("keep", keep, 1, math.prod(spec.grid))
         if config.shrink is not None and not config.shrink[0] < config.shrink[1]:
             raise EvoViTError(f"shrink is {config.shrink!r}; give two rising shares of the training, 0 to 1.")
+        self.merges = config.rest == "squeeze"
         self.ratios = self.keep_ratios  # in force now
         if config.keep is None:
             self.reduce_to(self.keep_ratios)
@@ -102,14 +114,14 @@ class EViT(Method):
         return block.ffn(tokens)
 
     def reorganise(self, tokens: Tokens, score: Tensor, keep: int) -> Tokens:
-        """Return prefix, the kept in their order, and the fused token (index -1) last.
+        """Return prefix, the kept in their order, and the fused token (index -1), if any, last.
 
         Args:
             score: (B, N) class attention; it weighs the fused token as it stands, as in the official code.
         """
         split = split_top(score, keep)
-        kept = keep_rows(tokens, split.rows)
-        if not self.config.fuse:
+        kept = keep_split(tokens, split, self.config.rest, self.config.temperature)
+        if self.config.rest != "fuse":
             return kept
         x = torch.cat((kept.x, weighted_sum(tokens.patches, score, split.kept)), dim=1)
         return kept.change(x=x, index=nn.functional.pad(kept.index, (0, 1), value=-1))
