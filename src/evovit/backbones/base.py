@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, final
+from typing import Any, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,8 @@ class BackboneSpec:
 class Finish(Protocol):
     """What an answer asks of a method."""
 
-    merges: ClassVar[bool]
+    @property
+    def merges(self) -> bool: ...
 
     def finish(self, tokens: Tokens) -> Tokens: ...
 

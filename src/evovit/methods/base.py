@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from evovit.backbones.base import BackboneSpec, Block, Stage
 from evovit.errors import EvoViTError, check_count
 from evovit.ops.restore import rows_by_place
+from evovit.ops.squeeze import Squeezed
 from evovit.options import Count, Options, option
 from evovit.schedule import KeepSchedule
 from evovit.tokens import Tokens
@@ -39,7 +40,7 @@ class Method(nn.Module, ABC):
     learns_from_teacher: bool = False  # `losses` reads the teacher's features; options may turn it off
     reads_teacher_trace: bool = False  # `losses` compares with the teacher after every block
     needs_teacher: bool = False  # some parameters learn through such `losses` alone
-    merges: ClassVar[bool] = False  # a patch token that goes lives on in another; `row_of_cell` tells which
+    merges: bool = False  # a patch token that goes lives on in another; `row_of_cell` tells which
     keeps_places: bool = True  # some patch tokens left keep a place of their own on the grid
     samples_in_training: ClassVar[bool] = False  # each training forward draws anew; evaluation never does
     keep_all: ClassVar[dict[str, Any]] = {}  # options under which nothing is reduced: the host, exactly
@@ -50,6 +51,11 @@ class Method(nn.Module, ABC):
     @dataclass(frozen=True, kw_only=True)
     class Config(Options):
         """The method's options, as a recipe's [method] table has them."""
+
+        @classmethod
+        def renamed(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
+            """Return options by today's names; saved folders and recipes may be of an older version."""
+            return options
 
     def __init__(self, config: Any, spec: BackboneSpec) -> None:
         super().__init__()
@@ -113,11 +119,13 @@ class Method(nn.Module, ABC):
     def row_of_cell(self, tokens: Tokens, grid: tuple[int, int]) -> Tensor:
         """Return the row of the patch token that each cell is part of, (B, cells) int64, -1: of none.
 
-        Default: the token with that place.
+        Default: the token with that place, or the one that it was squeezed into.
 
         Args:
             grid: (rows, columns) when the stage began.
         """
+        if isinstance(tokens.carry, Squeezed):
+            return tokens.carry.source
         return rows_by_place(tokens.index, grid[0] * grid[1])
 
     def ranking(self, block: Block, tokens: Tokens) -> Ranking | None:
