@@ -85,12 +85,13 @@ def keep_rows(tokens: Tokens, rows: Tensor, among_all: Tensor | None = None) -> 
     return tokens.change(x=take(tokens.x, among_all), index=index, size=size, mask=mask)
 
 
-def keep_prefix(tokens: Tokens) -> Tokens:
-    """Return the prefix tokens alone: N is 0."""
+def keep_leading(tokens: Tokens, count: int) -> Tokens:
+    """Return the first `count` rows alone, the prefix among them: N is count - P."""
     index, size, mask = (
-        None if each is None else each[:, :0] for each in (tokens.index, tokens.size, tokens.mask)
+        None if each is None else each[:, : count - tokens.num_prefix]
+        for each in (tokens.index, tokens.size, tokens.mask)
     )
-    return tokens.change(x=tokens.prefix, index=index, size=size, mask=mask)
+    return tokens.change(x=tokens.x[:, :count], index=index, size=size, mask=mask)
 
 
 def take_heads(x: Tensor, rows: Tensor) -> Tensor:
@@ -121,13 +122,13 @@ def take_queries(qkv: QKV, rows: Tensor) -> QKV:
     )
 
 
-def prefix_queries(qkv: QKV, num_prefix: int) -> QKV:
-    """Return what the attention of the prefix rows sees: their queries, the keys and values of all."""
+def leading_queries(qkv: QKV, count: int) -> QKV:
+    """Return what the attention of the first `count` rows sees: their queries, the keys and values of all."""
     bias, extra = qkv.bias, qkv.extra
     return qkv._replace(
-        q=qkv.q[:, :, :num_prefix],
-        bias=None if bias is None else bias[:, :, :num_prefix],
-        extra=None if extra is None else extra[:, :num_prefix],
+        q=qkv.q[:, :, :count],
+        bias=None if bias is None else bias[:, :, :count],
+        extra=None if extra is None else extra[:, :count],
     )
 
 
