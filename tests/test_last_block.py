@@ -288,11 +288,11 @@ def test_a_head_said_to_read_the_prefix_alone_is_proven_to() -> None:
 
 
 def test_wrong_queries_of_the_prefix_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def swapped(self: PreNormBlock, tokens: Tokens) -> QKV:
+    def swapped(self: PreNormBlock, tokens: Tokens, count: int) -> QKV:
         qkv = self.qkv(tokens)
         return qkv._replace(q=qkv.q[:, :, 1:2])
 
-    monkeypatch.setattr(PreNormBlock, "prefix_qkv", swapped)
+    monkeypatch.setattr(PreNormBlock, "leading_qkv", swapped)
     with pytest.raises(evovit.EvoViTError, match="not reproduced exactly"):
         check_adapter(make_host("vit"))
 

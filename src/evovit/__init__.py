@@ -13,6 +13,7 @@ Model road: image -> tokens -> score -> select -> update -> head
   budgets      one model at several keep ratios
   intermediates  features after chosen blocks, by timm's contract; missing cells restored
   model        ReducedViT, the loop; reduce_tokens, the door
+  calibration  static masks found on unlabelled images
   towers       reduced vision models in their places inside larger ones
   feature_maps  a reduced model as a backbone of maps; the pyramid of ViTDet; how old each cell is
   models       named models, also in timm's registry
@@ -48,6 +49,7 @@ import wrapt
 if TYPE_CHECKING:
     from evovit.backbones import check_adapter as check_adapter
     from evovit.backbones import list_hosts as list_hosts
+    from evovit.calibration import calibrate as calibrate
     from evovit.checkpoints.official import load_official as load_official
     from evovit.checkpoints.reduced import load_reduced as load_reduced
     from evovit.checkpoints.reduced import save_reduced as save_reduced
@@ -78,6 +80,7 @@ _HOMES = {  # a name is imported from its module when it is first asked for
     "Outputs": "tokens",
     "ReducedViT": "model",
     "SimplePyramid": "feature_maps",
+    "calibrate": "calibration",
     "check_adapter": "backbones",
     "create_model": "models",
     "digit_scenes": "data.digits",

@@ -18,6 +18,7 @@ COMMANDS = {
     "quickstart": "train a small ViT and the same as Evo-ViT on built-in digits, in minutes",
     "bench": "time a model and reduced versions of it, in turn",
     "eval": "test a model or a run on images, dense and reduced",
+    "calibrate": "find the patches a model can do without, on unlabelled images",
     "export": "write a model for ONNX Runtime, OpenVINO or PyTorch, and prove the file",
     "tune": "say how fast; the schedule with the least damage is searched and measured",
     "analyse": "show what a model attends to and keeps: the paper's figures 2, 4 and 5",

@@ -104,7 +104,7 @@ def test_without_class_token_it_is_the_attention_received() -> None:
 
 
 def test_a_cell_without_a_token_has_no_attention_and_keeps_its_last_value() -> None:
-    reduced, images = evovit.reduce_tokens(make_host("vit"), "evit", blocks=(1,), fuse=False), pictures()
+    reduced, images = evovit.reduce_tokens(make_host("vit"), "evit", blocks=(1,), rest="drop"), pictures()
     seen = list(watch(reduced, images))
     gone = ~seen[1].kept
     assert gone.sum(1).tolist() == [4, 4] and torch.equal(seen[3].attention.isnan(), gone)

@@ -64,7 +64,7 @@ def test_the_latency_table_predicts_whole_models(host: nn.Module) -> None:
     rows = row_grid(1, 64)
     table = measure_latency(host, batch, rows, clock, 4, lambda line: None)
     for plan in (
-        Plan("evit", {"keep_per_block": (64, 47, 47, 31), "fuse": False}),
+        Plan("evit", {"keep_per_block": (64, 47, 47, 31), "rest": "drop"}),
         Plan("evo_vit", {"keep_per_block": (64, 64, 31, 31), "fast_update": False}),
         Plan("keep", {"keep_per_block": (64, 31, 31, 15)}),
     ):

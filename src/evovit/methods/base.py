@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from evovit.backbones.base import BackboneSpec, Block, Stage
 from evovit.errors import EvoViTError, check_count
+from evovit.ops.mask import masked_attention
 from evovit.ops.restore import rows_by_place
+from evovit.ops.squeeze import Squeezed
 from evovit.options import Count, Options, option
 from evovit.schedule import KeepSchedule
 from evovit.tokens import Tokens
@@ -39,9 +43,10 @@ class Method(nn.Module, ABC):
     learns_from_teacher: bool = False  # `losses` reads the teacher's features; options may turn it off
     reads_teacher_trace: bool = False  # `losses` compares with the teacher after every block
     needs_teacher: bool = False  # some parameters learn through such `losses` alone
-    merges: ClassVar[bool] = False  # a patch token that goes lives on in another; `row_of_cell` tells which
+    merges: bool = False  # a patch token that goes lives on in another; `row_of_cell` tells which
     keeps_places: bool = True  # some patch tokens left keep a place of their own on the grid
     samples_in_training: ClassVar[bool] = False  # each training forward draws anew; evaluation never does
+    relaxes_in_training: ClassVar[bool] = False  # training computes a smooth form of what evaluation does
     keep_all: ClassVar[dict[str, Any]] = {}  # options under which nothing is reduced: the host, exactly
     example: ClassVar[dict[str, Any]] = {}  # options that reduce a host of four blocks
     schedule: KeepSchedule  # of a method that keeps a set share of tokens
@@ -50,6 +55,11 @@ class Method(nn.Module, ABC):
     @dataclass(frozen=True, kw_only=True)
     class Config(Options):
         """The method's options, as a recipe's [method] table has them."""
+
+        @classmethod
+        def renamed(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
+            """Return options by today's names; saved folders and recipes may be of an older version."""
+            return options
 
     def __init__(self, config: Any, spec: BackboneSpec) -> None:
         super().__init__()
@@ -113,11 +123,13 @@ class Method(nn.Module, ABC):
     def row_of_cell(self, tokens: Tokens, grid: tuple[int, int]) -> Tensor:
         """Return the row of the patch token that each cell is part of, (B, cells) int64, -1: of none.
 
-        Default: the token with that place.
+        Default: the token with that place, or the one that it was squeezed into.
 
         Args:
             grid: (rows, columns) when the stage began.
         """
+        if isinstance(tokens.carry, Squeezed):
+            return tokens.carry.source
         return rows_by_place(tokens.index, grid[0] * grid[1])
 
     def ranking(self, block: Block, tokens: Tokens) -> Ranking | None:
@@ -200,10 +212,26 @@ def schedule_at_blocks(config: Any, spec: BackboneSpec) -> tuple[KeepSchedule, t
     return KeepSchedule.from_counts(spec.depth, counts, math.prod(spec.grid)), falling(counts)
 
 
+def run_masked(block: Block, tokens: Tokens) -> Tokens:
+    """Run a block on all rows, those masked out hidden from the attention of the others (training)."""
+    mask = F.pad(tokens.taking_part, (tokens.num_prefix, 0), value=1.0)
+    mix = partial(masked_attention, mask=mask)
+    return block.ffn(block.attention(tokens, block.qkv(tokens), mix=mix))
+
+
 def require_class_token(spec: BackboneSpec, what: str, instead: str) -> None:
     """Raise `EvoViTError` where the host has no class token; `instead` is what to choose."""
     if not spec.has_class_token:
         raise EvoViTError(f"{what} needs a class token and this host has none; choose {instead}.")
+
+
+def expect_grid(tokens: Tokens, spec: BackboneSpec, what: str) -> None:
+    """Raise `EvoViTError` unless the tokens lie on the host's own grid; `what` begins the sentence."""
+    if tokens.grid != spec.grid:
+        raise EvoViTError(
+            f"{what} made for a grid of {spec.grid[0]} x {spec.grid[1]} patches and these images have "
+            f"{tokens.grid[0]} x {tokens.grid[1]}; wrap a host of this image size."
+        )
 
 
 def check_blocks(blocks: Sequence[int], depth: int) -> None:

@@ -1,7 +1,8 @@
 """DynamicViT: small predictors drop patch tokens at a few blocks (Rao et al., NeurIPS 2021).
 
 Evaluation drops all but the best. Training keeps every row: decisions are sampled (Gumbel, straight-through)
-and mask the attention of every block, so that their gradient reaches the predictors.
+and mask the attention of every block, so that their gradient reaches the predictors. `rest="squeeze"` is dTPS
+(Wei et al., CVPR 2023): who goes first joins the most similar token that stays.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from evovit.methods import register
 from evovit.methods.base import Method, Ranking, ScheduledConfig, schedule_at_blocks
 from evovit.ops.distance import kept_distance, logit_divergence
 from evovit.ops.mask import gumbel_keep, gumbel_noise, masked_attention
-from evovit.ops.select import keep_rows, split_top
+from evovit.ops.select import split_top
+from evovit.ops.squeeze import Rest, Temperature, keep_split, squeeze_masked
 from evovit.options import Number, Ratio, Weight, option
 from evovit.tokens import Tokens
 
@@ -81,6 +83,8 @@ class DynamicViT(Method):
             0.7, "r: r, r^2, ... of all patches; a list has one per reducing block"
         )
         blocks: tuple[Number, ...] = option((3, 6, 9), "that start with a decision, counted from 0")
+        rest: Rest = option("drop", "squeeze: who goes joins the most similar token that stays")
+        temperature: Temperature = option(1.0, "of the cosines that weigh who is squeezed")
         ratio_weight: Weight = option(2.0, "of the squared difference between kept share and ratio")
         ratio_of: RatioOf = option("image", "whose kept share that is")
         logit_weight: Weight = option(0.5, "of KL(teacher || student)")
@@ -89,6 +93,7 @@ class DynamicViT(Method):
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
+        self.merges = config.rest == "squeeze"
         self.plan(config)
         self.learns_from_teacher = config.logit_weight > 0 or config.token_weight > 0
         self.score_predictor = nn.ModuleList(ScorePredictor(spec.dims[-1]) for _ in self.reducing)
@@ -118,7 +123,8 @@ class DynamicViT(Method):
         keep = self.schedule.count(number, tokens.num_cells)
         if keep is None or keep >= tokens.num_patches:
             return tokens
-        return keep_rows(tokens, split_top(self.scores(tokens, number)[..., 0], keep).rows)
+        split = split_top(self.scores(tokens, number)[..., 0], keep)
+        return keep_split(tokens, split, self.config.rest, self.config.temperature)
 
     def ranking(self, block: Block, tokens: Tokens) -> Ranking | None:
         if self.schedule.ratios[block.number] == 1:
@@ -127,13 +133,16 @@ class DynamicViT(Method):
 
     def sample(self, tokens: Tokens, number: int) -> Tokens:
         """Mask tokens out at random, by their scores; who is out stays out (training)."""
-        scores = self.scores(tokens, number)
+        scores, before = self.scores(tokens, number), tokens.taking_part
         if self.schedule.ratios[number] == 1:
-            keep = tokens.taking_part + 0 * scores[..., 0]  # the predictor stays in the graph
+            keep = before + 0 * scores[..., 0]  # the predictor stays in the graph
         else:
-            keep = gumbel_keep(scores, gumbel_noise(scores)) * tokens.taking_part
-        before = tokens.carry.keeps if tokens.carry else ()
-        return tokens.change(mask=keep, carry=Decided((*before, keep)))
+            keep = gumbel_keep(scores, gumbel_noise(scores)) * before
+            if self.config.rest == "squeeze":
+                patches = squeeze_masked(tokens.patches, keep, before, self.config.temperature)
+                tokens = tokens.with_x(torch.cat((tokens.prefix, patches), dim=1))
+        keeps = tokens.carry.keeps if tokens.carry else ()
+        return tokens.change(mask=keep, carry=Decided((*keeps, keep)))
 
     def losses(self, outputs: Any, teacher: Any) -> dict[str, Tensor]:
         config, keeps = self.config, outputs.tokens.carry.keeps if outputs.tokens.carry else ()

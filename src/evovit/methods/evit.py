@@ -1,13 +1,13 @@
 """EViT: reorganise tokens between attention and FFN (Liang et al., ICLR 2022).
 
 The class attention of the block ranks its patch tokens; the others are fused into one token, weighted with
-their attention, or dropped. No new parameters.
+their attention, dropped, or squeezed into the kept (eTPS, Wei et al., CVPR 2023). No new parameters.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from operator import mul
@@ -21,13 +21,15 @@ from evovit.errors import EvoViTError, check_count
 from evovit.methods import register
 from evovit.methods.base import Method, Ranking, ScheduledConfig, check_blocks, falling
 from evovit.methods.selection import check_selection, patch_score
-from evovit.ops.select import keep_rows, split_top
+from evovit.ops.select import split_top
+from evovit.ops.squeeze import Temperature, keep_split
 from evovit.ops.update import weighted_sum
 from evovit.options import Count, Number, Ratio, Share, option
 from evovit.schedule import KeepSchedule, per_block
 from evovit.tokens import Tokens
 
 Selection = Literal["class", "column_mean", "key_norm", "probe"]
+Rest = Literal["fuse", "drop", "squeeze"]
 Counts = Literal["current", "initial"]
 
 
@@ -47,7 +49,8 @@ class EViT(Method):
             0.7, "of the patch tokens present; a list has one per reducing block"
         )
         blocks: tuple[Number, ...] = option((3, 6, 9), "that reduce, counted from 0")
-        fuse: bool = option(True, "false: the inattentive tokens are dropped")
+        rest: Rest = option("fuse", "the inattentive: fused into one, dropped, or joined to the most similar")
+        temperature: Temperature = option(1.0, "of the cosines that weigh who is squeezed")
         counts: Counts = option("current", "ceil(ratio * present); initial: int(ratio product * all)")
         keep: tuple[Count, ...] | None = option(
             None, "patch tokens left per reducing block, instead of ratios"
@@ -56,6 +59,14 @@ class EViT(Method):
             None, "shares of the training; the ratio falls from 1 between"
         )
         selection: Selection = option("class", "the others are for hosts without class token")
+
+        @classmethod
+        def renamed(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
+            """Read `fuse`, true or false, which `rest` was until version 0.1."""
+            if not isinstance(options.get("fuse"), bool) or "rest" in options:
+                return options
+            rest = "fuse" if options["fuse"] else "drop"
+            return {name: value for name, value in options.items() if name != "fuse"} | {"rest": rest}
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
@@ -71,6 +82,7 @@ class EViT(Method):
             raise EvoViTError(f"shrink is {config.shrink!r}; give two rising shares of the training, 0 to 1.")
         if config.keep_per_block is not None and (config.keep is not None or config.shrink is not None):
             raise EvoViTError("keep_per_block stands alone; leave keep and shrink out.")
+        self.merges = config.rest == "squeeze"
         self.plan(config)
 
     def plan(self, config: Config) -> None:
@@ -122,14 +134,14 @@ class EViT(Method):
         return Ranking(score, tokens.index)
 
     def reorganise(self, tokens: Tokens, score: Tensor, keep: int) -> Tokens:
-        """Return prefix, the kept in their order, and the fused token (index -1) last.
+        """Return prefix, the kept in their order, and the fused token (index -1), if any, last.
 
         Args:
             score: (B, N) class attention; it weighs the fused token as it stands, as in the official code.
         """
         split = split_top(score, keep)
-        kept = keep_rows(tokens, split.rows)
-        if not self.config.fuse:
+        kept = keep_split(tokens, split, self.config.rest, self.config.temperature)
+        if self.config.rest != "fuse":
             return kept
         x = torch.cat((kept.x, weighted_sum(tokens.patches, score, split.kept)), dim=1)
         return kept.change(x=x, index=nn.functional.pad(kept.index, (0, 1), value=-1))

@@ -1,6 +1,7 @@
 """Keep some patch tokens and drop the others: the plain baselines every comparison needs.
 
-Top-K by class attention, random and evenly spaced, with the counts of EViT or DynamicViT. Nothing is fused.
+Top-K by class attention, random and evenly spaced, with the counts of DynamicViT. Who is not kept is dropped,
+or squeezed into the kept (TPS, Wei et al., CVPR 2023).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from evovit.methods.base import (
 )
 from evovit.methods.selection import check_selection, patch_score
 from evovit.ops.score import random_score
-from evovit.ops.select import even_rows, keep_rows, split_top
+from evovit.ops.select import Split, split_even, split_top
+from evovit.ops.squeeze import Rest, Temperature, keep_split
 from evovit.options import Number, Ratio, option
 from evovit.tokens import QKV, Tokens
 
@@ -48,10 +50,13 @@ class Keep(Method):
         selection: Selection = option(
             "class", "top attention of the class token; what hosts without one have; or plain"
         )
+        rest: Rest = option("drop", "squeeze: who goes joins the most similar token that stays")
+        temperature: Temperature = option(1.0, "of the cosines that weigh who is squeezed")
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
         check_selection(config.selection, spec, ("random", "even"))
+        self.merges = config.rest == "squeeze"
         self.plan(config)
 
     def plan(self, config: Config) -> None:
@@ -65,14 +70,15 @@ class Keep(Method):
         tokens, qkv = block.attend(found)
         keep = self.schedule.count(block.number, tokens.num_cells)
         if keep is not None and keep < tokens.num_patches:
-            tokens = keep_rows(tokens, self.rows(block, found, qkv, keep))
+            split = self.split(block, found, qkv, keep)
+            tokens = keep_split(tokens, split, self.config.rest, self.config.temperature)
         return block.ffn(tokens)
 
-    def rows(self, block: Block, tokens: Tokens, qkv: QKV, keep: int) -> Tensor:
-        """Return who of those a block found stays, (B, keep) int64 ascending."""
+    def split(self, block: Block, tokens: Tokens, qkv: QKV, keep: int) -> Split:
+        """Choose who of those a block found stays."""
         if self.config.selection == "even":
-            return even_rows(tokens.index, keep)
-        return split_top(self.score(block, tokens, qkv), keep).rows
+            return split_even(tokens.index, keep)
+        return split_top(self.score(block, tokens, qkv), keep)
 
     def score(self, block: Block, tokens: Tokens, qkv: QKV) -> Tensor:
         """Return what tokens are ranked by, (B, N) float32; random draws afresh in training alone."""

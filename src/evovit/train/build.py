@@ -38,16 +38,10 @@ def build_model(recipe: Recipe, num_classes: int, *, weights: bool = True) -> nn
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(recipe.run.seed, "weights"))
-        table = recipe.model
-        if "num_classes" in table.options:
-            raise EvoViTError(
-                "model.options has num_classes, which is said elsewhere: set model.num_classes."
-            )
-        drop_path = {"drop_path_rate": table.drop_path} if table.drop_path else {}
         host = create_host(
-            table.name,
-            {"num_classes": num_classes} | table.options | drop_path,
-            pretrained=weights and table.pretrained,
+            recipe.model.name,
+            host_options(recipe, num_classes),
+            pretrained=weights and recipe.model.pretrained,
             what="model.name",
             seed=recipe.run.seed,
         )
@@ -78,6 +72,15 @@ def check_budgets_of(recipe: Recipe) -> None:
     for name, given in others.items():
         if run.budgets and given:
             raise EvoViTError(f"run.budgets does not go with {name}; leave one of them out.")
+
+
+def host_options(recipe: Recipe, num_classes: int) -> dict[str, Any]:
+    """Return the arguments with which a recipe creates its host."""
+    table = recipe.model
+    if "num_classes" in table.options:
+        raise EvoViTError("model.options has num_classes, which is said elsewhere: set model.num_classes.")
+    drop_path = {"drop_path_rate": table.drop_path} if table.drop_path else {}
+    return {"num_classes": num_classes} | table.options | drop_path
 
 
 def freeze(host: nn.Module, names: Sequence[str]) -> None:
