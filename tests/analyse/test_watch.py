@@ -50,6 +50,20 @@ def test_what_a_method_ranks_by_is_what_it_keeps_by(method: str, options: dict[s
     assert ranked > 0 or method not in RANKS
 
 
+@pytest.mark.parametrize("selection", ["probe", "key_norm"])
+@pytest.mark.parametrize("method", ["evo_vit", "evit", "idle_vit", "keep"])
+def test_hosts_without_class_token_are_watched_by_their_own_selections(method: str, selection: str) -> None:
+    options = {"selection": selection} | ({"compared": "active"} if method == "idle_vit" else {})
+    reduced = evovit.reduce_tokens(make_host("siglip"), method, **find_method(method).example, **options)
+    seen, images = list(watch(reduced, pictures(3))), pictures(3)
+    kept = torch.stack([each.kept for each in seen], 1)
+    assert torch.equal(kept, kept_patches(reduced, images).flatten(2))
+    for each in seen:
+        if each.score is not None:
+            for score, mask in zip(each.score, each.kept, strict=True):
+                assert score[mask].min() >= score[~mask].nan_to_num(-torch.inf).max()
+
+
 def test_evo_levit_tells_what_it_ranks_by() -> None:
     reduced = evovit.reduce_tokens(make_levit(), "evo_levit", start_block=1)
     seen = list(watch(reduced, pictures(2, 64)))

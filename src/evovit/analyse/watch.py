@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,11 +36,14 @@ class WatchedBlock(Block):
     """A view of a block that notes what its attention last saw."""
 
     def __init__(self, block: Block) -> None:
-        self.block, self.number = block, block.number
+        self.block, self.number, self.probe = block, block.number, block.probe
         self.seen: tuple[Tokens, QKV] | None = None
 
     def qkv(self, tokens: Tokens) -> QKV:
         return self.block.qkv(tokens)
+
+    def attention_input(self, tokens: Tokens) -> Tensor:
+        return self.block.attention_input(tokens)
 
     def scoring_qkv(self, tokens: Tokens) -> QKV:
         return self.block.scoring_qkv(tokens)
@@ -48,10 +51,13 @@ class WatchedBlock(Block):
     def qkv_of_rows(self, active: Tokens, scored: QKV, rows: Tensor) -> QKV:
         return self.block.qkv_of_rows(active, scored, rows)
 
-    def attend(  # `how` and `more`: whatever else a block can be asked
-        self, tokens: Tokens, bias: Tensor | None = None, *how: Any, **more: Any
+    def leading_qkv(self, tokens: Tokens, count: int) -> QKV:
+        return self.block.leading_qkv(tokens, count)
+
+    def attend(
+        self, tokens: Tokens, bias: Tensor | None = None, asking: int | None = None
     ) -> tuple[Tokens, QKV]:
-        after, qkv = self.block.attend(tokens, bias, *how, **more)
+        after, qkv = self.block.attend(tokens, bias, asking)
         self.note(tokens, qkv, bias)
         return after, qkv
 
