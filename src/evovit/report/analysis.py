@@ -14,6 +14,7 @@ from torch import Tensor
 
 from evovit.analyse import BlockMeasures, Measures, Views, jaccard_by_chance
 from evovit.analyse.measures import LEAST
+from evovit.errors import printable
 from evovit.report.analysis_plots import draw_agreement, draw_cka, draw_correlation, draw_maps
 from evovit.report.page import Heading, Note, Paragraph, Part, Picture, Quiet, drawn, page
 from evovit.report.tables import Table, table
@@ -70,7 +71,7 @@ def write_analysis(out: Path, found: Analysis) -> str:
     write_text(
         out / "analysis.html", page(f"evovit analyse: {found.model}", parts_of(found, sentences, pictures))
     )
-    return "\n".join([*sentences, f"{out / 'analysis.html'} written"])
+    return "\n".join(map(printable, [*sentences, f"{out / 'analysis.html'} written"]))
 
 
 def placed_blocks(found: Measures) -> list[int]:
