@@ -26,10 +26,11 @@ METHODS = evovit.list_methods()
 
 
 def variants(name: str) -> list[dict[str, Any]]:
-    """Return the options to test a method with: its example, and one for each other mode."""
+    """Return the options to test a method with: its example, and one for each other mode, or for the rest."""
     cls = find_method(name)
-    modes = [{"mode": "layer"}] if hasattr(cls.Config, "mode") else []
-    return [cls.example, *({**cls.example, **mode} for mode in modes)]
+    others = {"mode": "layer", "rest": "squeeze"}
+    found = [{option: value} for option, value in others.items() if hasattr(cls.Config, option)]
+    return [cls.example, *({**cls.example, **other} for other in found)]
 
 
 def wrap(host: nn.Module, name: str, options: dict[str, Any]) -> evovit.ReducedViT:
@@ -49,7 +50,7 @@ def seeded(model: nn.Module, images: Tensor, seed: int = 0) -> Tensor:
 TRACED = ["vit_avg", pytest.param("eva02", marks=pytest.mark.slow)]  # tracing takes most of the time
 PAIRS = [(method, host) for method in METHODS for host in HOSTS]
 ON_VIT = [(m, o) for m in METHODS for o in variants(m)]
-IDS = [f"{m}-{o.get('mode', 'default')}" for m, o in ON_VIT]
+IDS = [f"{m}-{o.get('mode') or o.get('rest', 'default')}" for m, o in ON_VIT]
 
 
 @pytest.mark.parametrize(("method", "host"), PAIRS)

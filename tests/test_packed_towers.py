@@ -187,3 +187,24 @@ def test_what_is_refused() -> None:
         reduced(patches(SIZES), grid_thw=SIZES, cu_seqlens=torch.tensor([0, 96, 120]))
     with pytest.raises(EvoViTError, match="gives its taps and its end alone"):
         reduced(patches(SIZES), grid_thw=SIZES, output_hidden_states=True)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_merge_block_has_the_mean_length_of_its_patches_keys(name: str) -> None:
+    from evovit.ops.score import key_norm
+
+    tower: Any = make(name).model.visual
+    backbone: Any = adapt(tower)
+    with torch.no_grad():
+        tokens = backbone.embed(torch.randn(2, backbone.image_shape[0], 2, 8))
+        block = backbone.stages()[0].blocks[1]
+        attn, x = tower.blocks[1].attn, tower.blocks[1].norm1(block.patches(tokens.x))
+        keys = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1))[:, :, 1]  # turning changes no length
+        length = keys.norm(dim=-1).mean(-1).unflatten(1, (16, 4)).mean(-1)
+        expected = length / length.sum(1, keepdim=True)
+        assert torch.allclose(key_norm(block.qkv(tokens), 0), expected, rtol=1e-4)
+        for method, options in (("evo_vit", {"start_block": 1}), ("idle_vit", {"keep_ratio": 0.5})):
+            evovit.reduce_tower(model := make(name), method, selection="key_norm", **options)
+            assert model(**question()).logits.isfinite().all()
+    with pytest.raises(EvoViTError, match="selection='probe' needs a head"):
+        evovit.reduce_tower(make(name), "evo_vit", start_block=1, selection="probe")

@@ -169,6 +169,14 @@ def test_padding_of_a_smaller_image_is_seen_by_no_token() -> None:
         assert (again - seen).abs().max() <= 1e-4 * seen.abs().max()
 
 
+@pytest.mark.parametrize("mask", ["all", torch.ones(2, 3, 3), torch.ones(2, 16)])
+def test_a_mask_that_does_not_fit_is_one_sentence(mask: Any) -> None:
+    model, _, options = make_vlm("smolvlm")
+    reduced = evovit.reduce_tower(model, "evo_vit", **KEEPS, **options)
+    with pytest.raises(EvoViTError, match=r"patch_attention_mask is .* give a tensor \(2, 4, 4\)"):
+        reduced(torch.zeros(2, 3, 32, 32), patch_attention_mask=mask)
+
+
 def test_a_dual_encoder_keeps_its_text() -> None:
     config = make_config(transformers.SiglipConfig)
     model = make_hf(transformers.SiglipModel, config)

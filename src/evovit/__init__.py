@@ -10,6 +10,7 @@ Model road: image -> tokens -> score -> select -> update -> head
   schedule     how many tokens each block keeps
   backbones    one host family a file: embed, stages of block views, norm, head; check_adapter proves it
   methods      one paper a file; the registry
+  budgets      one model at several keep ratios
   intermediates  features after chosen blocks, by timm's contract; missing cells restored
   model        ReducedViT, the loop; reduce_tokens, the door
   calibration  static masks found on unlabelled images
@@ -20,6 +21,7 @@ Model road: image -> tokens -> score -> select -> update -> head
   fuse         batch norms folded into the layers beside them
   slimming     heads and channels masked in training, then removed for good
   visualize    which patches were kept, as masks and pictures
+  analyse      what each block attends to, computes alike and keeps: figures 2, 4 and 5
 
 Run road: recipe -> numbers
   runtime      files, processes, seeds, environment
@@ -30,6 +32,7 @@ Run road: recipe -> numbers
   engines      a model written for ONNX Runtime, OpenVINO or PyTorch's own, proven against eager
   bench        how fast: dense and reduced timed in turn
   train        the training of one recipe: build, objective, loop, checkpoints, records
+  tuning       a wished speed to a schedule: latency and sensitivity tables, search
   study        several recipes trained, tested and timed side by side
   report       tables, plots and pages
   commands     one file a command
@@ -71,6 +74,7 @@ if TYPE_CHECKING:
     from evovit.towers import reduce_tower as reduce_tower
     from evovit.towers import restore_tower as restore_tower
     from evovit.train.run import train_recipe as train_recipe
+    from evovit.tuning.tune import tune as tune
     from evovit.visualize import kept_patches as kept_patches
 
 _HOMES = {  # a name is imported from its module when it is first asked for
@@ -101,6 +105,7 @@ _HOMES = {  # a name is imported from its module when it is first asked for
     "slim": "slimming",
     "stale_share": "feature_maps",
     "train_recipe": "train.run",
+    "tune": "tuning.tune",
 }
 __all__ = [*_HOMES, "__version__"]
 

@@ -23,7 +23,7 @@ def test_counts_and_macs_are_equal_for_every_selection(selection: str) -> None:
     model = evovit.reduce_tokens(host, "keep", selection=selection)
     trace = model.run(torch.empty(1, 3, 224, 224, device="meta"), record=True).trace
     assert [trace[b].num_patches for b in (3, 6, 9)] == [137, 96, 67]
-    plain = evovit.reduce_tokens(host, "evit", fuse=False, keep=(137, 96, 67))
+    plain = evovit.reduce_tokens(host, "evit", rest="drop", keep=(137, 96, 67))
     scored = (197, 138, 97) if selection == "column_mean" else ()  # every query asks every key once more
     extra = sum(rows**2 * 384 for rows in scored) / 1e9
     assert gmacs(model, (3, 224, 224)) == pytest.approx(gmacs(plain, (3, 224, 224)) + extra, rel=1e-9)
@@ -32,7 +32,7 @@ def test_counts_and_macs_are_equal_for_every_selection(selection: str) -> None:
 def test_top_class_attention_is_evit_without_fusion() -> None:
     host, images = make_host("dinov2_reg"), pictures()
     top = evovit.reduce_tokens(host, "keep", blocks=(1, 2), keep_ratio=0.5)
-    evit = evovit.reduce_tokens(host, "evit", blocks=(1, 2), keep=(8, 4), fuse=False)
+    evit = evovit.reduce_tokens(host, "evit", blocks=(1, 2), keep=(8, 4), rest="drop")
     with torch.no_grad():
         assert torch.equal(top(images), evit(images))
 

@@ -19,6 +19,7 @@ from evovit.tokens import QKV, Tokens
 RECORDER = "transformers.utils.output_capturing"  # its hooks note hidden states for those who ask the host
 
 Mix = Callable[[QKV, Tensor | None], Tensor]  # q, k, v and all additive bias to mixed values, (B, H, Q, D)
+Probe = Callable[[Tokens], QKV]  # tokens to what a pooling head would see of them, see `probe_qkv`
 
 
 class Block(ABC):
@@ -28,6 +29,7 @@ class Block(ABC):
     """
 
     number: int  # counted from 0 through all stages
+    probe: Probe | None = None  # of the host's pooling head, if it has one
 
     @abstractmethod
     def qkv(self, tokens: Tokens) -> QKV:
@@ -119,6 +121,7 @@ class BackboneSpec:
     num_prefix: int
     has_class_token: bool
     num_classes: int
+    has_probe: bool = False  # whether the head pools by attention with one learnt query
 
     @property
     def depth(self) -> int:
@@ -128,6 +131,9 @@ class BackboneSpec:
 
 class Finish(Protocol):
     """What an answer asks of a method."""
+
+    @property
+    def merges(self) -> bool: ...
 
     def finish(self, tokens: Tokens) -> Tokens: ...
 
@@ -173,6 +179,20 @@ class Backbone(ABC):
     def head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Return logits (B, classes), or what enters the classifier, from normed features (B, P + N, C)."""
 
+    def probe_qkv(self, tokens: Tokens) -> QKV:
+        """Return what the pooling head's attention would see, were these the last tokens.
+
+        For hosts with `spec.has_probe`: one query, (B, H, 1, D), no values, and keys of which the last N are
+        those of the patch tokens.
+        """
+        raise NotImplementedError
+
+    def with_probe(self, blocks: Sequence[Block]) -> Sequence[Block]:
+        """Return the views of blocks, which know the pooling head's probe, if there is one."""
+        for block in blocks:
+            block.probe = self.probe_qkv if self.spec.has_probe else None
+        return blocks
+
     def masked_head(self, features: Tensor, mask: Tensor) -> Tensor:
         """Return `head` of the patch rows that take part alone; default: for heads that read no patches.
 
@@ -202,6 +222,16 @@ class Backbone(ABC):
         A name that ends in "distilled" learns from the teacher, if there is one.
         """
         return {}
+
+    def classifier(self) -> Any:
+        """Return the host's classifier; default: it says itself."""
+        host: Any = next(self.bypassed())
+        return host.get_classifier()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give the host a fresh classifier; default: it does so itself."""
+        host: Any = next(self.bypassed())
+        host.reset_classifier(num_classes, global_pool)
 
     def answer(self, road: Road, images: Tensor, **arguments: Any) -> Any:
         """Return what the host's own call returns, its blocks run by `road`; default: logits (B, classes).

@@ -61,8 +61,9 @@ class HFBlock(Block):
         return self.split_heads(y)
 
     def split_heads(self, y: Tensor) -> Tensor:
-        """Return (B, T, H * D) as (B, H, T, D)."""
-        return y.reshape(*y.shape[:2], -1, self.attn.head_dim).transpose(1, 2)
+        """Return (B, T, H * D) as (B, H, T, D), also where T is 0."""
+        size: int = self.attn.head_dim
+        return y.reshape(*y.shape[:2], y.shape[2] // size, size).transpose(1, 2)
 
     def placed(self, x: Tensor, tokens: Tokens) -> Tensor:
         """Tell queries or keys (B, H, T, D) their tokens' places; default: the embedding did."""

@@ -87,7 +87,8 @@ class PackedBlock(Block):
         every = torch.stack((q, k, v)).reshape(3, *q.shape[:2], count, self.unit, -1)  # (3, B, H, N, unit, D)
         q, k, v = every.mean(4).unbind(0)  # of each merge block, to score it by
         bias, extra = self.hidden(tokens, q.dtype), every.permute(1, 3, 0, 2, 4, 5).flatten(2)
-        return QKV(q, k, v, attn.scaling, bias, extra)
+        length = every[1].float().norm(dim=-1).mean(-1)  # (B, H, N); the mean of keys that differ is short
+        return QKV(q, k, v, attn.scaling, bias, extra, length)
 
     def hidden(self, tokens: Tokens, dtype: torch.dtype) -> Tensor | None:
         """Return what keeps attention within windows, (B, 1, N, N) of 0 and -inf; None: nothing does."""

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from evovit.backbones.base import (
     Backbone,
     BackboneSpec,
-    Block,
     Road,
     Stage,
     class_path,
@@ -83,6 +82,7 @@ class HFTrunk(Backbone):
             num_prefix=self.count_prefix(),
             has_class_token=self.count_prefix() > 0,
             num_classes=0,
+            has_probe=self.has_probe(),
         )
 
     def spec_with(self, num_classes: int) -> BackboneSpec:
@@ -101,6 +101,10 @@ class HFTrunk(Backbone):
     def count_prefix(self) -> int:
         """Return P."""
         return self.num_prefix
+
+    def has_probe(self) -> bool:
+        """Tell whether a pooling head with one learnt query is there."""
+        return False
 
     def blocks(self) -> list[HFBlock]:
         """Return fresh views of the blocks."""
@@ -125,8 +129,7 @@ class HFTrunk(Backbone):
         return images.shape[2] // self.patch_size[0], images.shape[3] // self.patch_size[1]
 
     def stages(self) -> Sequence[Stage]:
-        blocks: Sequence[Block] = self.blocks()
-        return [Stage(None, blocks)]
+        return [Stage(None, self.with_probe(self.blocks()))]
 
     def norm(self, x: Tensor) -> Tensor:
         return x if self.norm_name is None else getattr(self.model, self.norm_name)(x)
@@ -142,6 +145,15 @@ class HFTrunk(Backbone):
         if pooled is not None:
             return pooled
         return features[:, 0] if self.spec.has_class_token else features.mean(1)
+
+    def classifier(self) -> Any:
+        raise EvoViTError(
+            f"{type(self.model).__name__} has no classifier; wrap a class that has one, such as "
+            "...ForImageClassification."
+        )
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.classifier()  # says that there is none
 
     def host_features(self, images: Tensor) -> Tensor:
         return self.host_answer(images).last_hidden_state  # type: ignore[no-any-return]
@@ -176,6 +188,7 @@ class HFTrunk(Backbone):
         hidden = asked is not None and asked is not False
         narrow = not hidden and road.narrows(whole)  # the head reads the prefix alone, and nobody else asks
         tokens, trace = road.blocks(whole, self.suited(images), record=hidden, prefix_only=narrow)
+        self.expect_apart(whole, road, tokens)
         tokens = tokens if narrow else road.method.finish(tokens)
         if tokens.mask is not None and whole.head_reads_patches:
             whole.masked_head(tokens.x, tokens.mask)  # says why not
@@ -184,6 +197,9 @@ class HFTrunk(Backbone):
             states = self.hidden_states([road.method.finish(after) for after in trace], asked)
         answer = self.wrapped(self.norm(tokens.x), states)
         return answer if asked_for(arguments, self.config, "return_dict", True) else answer.to_tuple()
+
+    def expect_apart(self, whole: Backbone, road: Road, tokens: Tokens) -> None:
+        """Raise `EvoViTError` where padding mixed with what the last block left; default: there is none."""
 
     def suited(self, images: Tensor) -> Tensor:
         """Return images in the type of the weights, as the host does."""

@@ -25,7 +25,7 @@ class PrefixBlock(Block):
     """A view of a block after whose attention the prefix tokens alone are left (`num_patches` is 0)."""
 
     def __init__(self, block: Block) -> None:
-        self.block, self.number = block, block.number
+        self.block, self.number, self.probe = block, block.number, block.probe
 
     def qkv(self, tokens: Tokens) -> QKV:
         return self.block.qkv(tokens)  # of all rows: a method may choose by them who takes part

@@ -50,11 +50,14 @@ class SViTEPlus(Method):
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
         self.keeps_grid = config.faithful_zero_tokens
-        self.schedule = KeepSchedule.at_blocks(spec.depth, (config.keep_ratio,), (0,))
+        self.plan(config)
         self.gumbel = nn.Linear(spec.dims[0], 1)
         nn.init.trunc_normal_(self.gumbel.weight, std=0.02)
         nn.init.zeros_(self.gumbel.bias)
         self.register_buffer("tau", torch.tensor(config.temperature))
+
+    def plan(self, config: Config) -> None:
+        self.schedule = KeepSchedule.at_blocks(self.spec.depth, (config.keep_ratio,), (0,))
 
     def begin(self, tokens: Tokens, stages: Sequence[Stage]) -> Tokens:
         score, keep = self.gumbel(tokens.x).squeeze(-1).float(), self.schedule.count(0, tokens.num_cells)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from evovit.ops.mask import masked_mean
 from evovit.tokens import QKV
 
 
@@ -64,8 +65,47 @@ def attention_column_mean(qkv: QKV, num_prefix: int, count: int | None = None) -
         logits = (qkv.q[:, head].float() * qkv.scale) @ qkv.k[:, head].float().transpose(-2, -1)  # (B, T, T)
         if qkv.bias is not None:
             logits = logits + qkv.bias[:, min(head, qkv.bias.shape[1] - 1)].float()
-        total = total + logits.softmax(-1).mean(1)  # (B, T)
+        weights = logits.softmax(-1)
+        total = total + (
+            weights.mean(1) if qkv.padding is None else masked_mean(weights, ~qkv.padding)
+        )  # (B, T)
     return total[:, _patches(num_prefix, count)] / qkv.q.shape[1]
+
+
+def key_norm(qkv: QKV, num_prefix: int, count: int | None = None) -> Tensor:
+    """Return the length of each patch token's key, mean over heads, as a share of the lengths of all.
+
+    For hosts without a class token; no query is read, so it costs next to nothing. A longer key moves every
+    query's attention more, so the longest stay: a choice of ours, as papers on decoders keep the shortest
+    (Devoto et al., EMNLP 2024). Where the host normalises its keys, little is left to tell them apart. As a
+    share it weighs tokens as attention does.
+
+    Args:
+        count: N, the patch tokens asked for, from the first on; None: all.
+
+    Returns:
+        (B, N) float32, each in [0, 1], with the sum 1.
+    """
+    length = qkv.k.float().norm(dim=-1) if qkv.key_length is None else qkv.key_length  # (B, H, P + N)
+    length = length if qkv.padding is None else length.masked_fill(qkv.padding[:, None], 0.0)
+    length = length[..., _patches(num_prefix, count)].mean(1)
+    return length / length.sum(-1, keepdim=True).clamp_min(torch.finfo(length.dtype).tiny)
+
+
+def probe_attention(qkv: QKV, num_patches: int, count: int | None = None) -> Tensor:
+    """Return the attention that the pooling head's probe pays each patch token, mean over heads.
+
+    The head with one learnt query of SigLIP (Zhai et al., ICCV 2023; "MAP" of CVPR 2022) asks the
+    tokens as if they were the last: what it would read of each is what counts.
+
+    Args:
+        qkv: of the head, with one query, (B, H, 1, D); the last `num_patches` keys are the patch tokens'.
+        count: N, the patch tokens asked for, from the first on; None: all.
+
+    Returns:
+        (B, N) float32, each in [0, 1].
+    """
+    return class_attention(qkv, qkv.k.shape[2] - num_patches, count)
 
 
 def representation_shift(before: Tensor, after: Tensor) -> Tensor:

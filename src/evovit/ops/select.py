@@ -112,6 +112,16 @@ def take_qkv(qkv: QKV, rows: Tensor) -> QKV:
     return QKV(q, k, v, qkv.scale, bias, None if qkv.extra is None else take(qkv.extra, rows))
 
 
+def take_queries(qkv: QKV, rows: Tensor) -> QKV:
+    """Return what the attention of the rows `rows` (B, K) of the whole tensor sees: all keys."""
+    bias, extra = qkv.bias, qkv.extra
+    return qkv._replace(
+        q=take_heads(qkv.q, rows),
+        bias=None if bias is None else take_heads(bias.expand(rows.shape[0], -1, -1, -1), rows),
+        extra=None if extra is None else take(extra, rows),
+    )
+
+
 def leading_queries(qkv: QKV, count: int) -> QKV:
     """Return what the attention of the first `count` rows sees: their queries, the keys and values of all."""
     bias, extra = qkv.bias, qkv.extra
@@ -122,15 +132,16 @@ def leading_queries(qkv: QKV, count: int) -> QKV:
     )
 
 
-def even_rows(index: Tensor, keep: int) -> Tensor:
-    """Return `keep` evenly spaced rows of the N that `index` (B, N) has, (B, keep) int64 ascending."""
+def split_even(index: Tensor, keep: int) -> Split:
+    """Keep `keep` evenly spaced rows of the N that `index` (B, N) has."""
     batch, num = index.shape
     steps = torch.arange(keep, device=index.device)
-    return ((2 * steps + 1) * num // (2 * keep)).expand(batch, keep)
+    rows = ((2 * steps + 1) * num // (2 * keep)).expand(batch, keep)
+    return Split(rows, torch.zeros_like(index, dtype=torch.bool).scatter(1, rows, True))
 
 
 def rows_where(chosen: Tensor, count: int) -> Tensor:
-    """Return the rows that are True, (B, count) int64 ascending; chosen (B, N) has `count` per image."""
+    """Return the rows that are True, (B, count) int64 ascending; of `count` or, then 0, fewer in (B, N)."""
     batch, num = chosen.shape
     slot = torch.where(chosen, chosen.cumsum(-1) - 1, count)  # the others write to a spare place
     # int32: on GPUs, Inductor does not fuse a scatter of int64
