@@ -135,11 +135,20 @@ def _load_evo_vit(
 
 
 def _load_deit(
-    name: str, state: dict[str, Tensor], *, num_heads: int | None = None, img_size: Any = None, **options: Any
+    name: str,
+    state: dict[str, Tensor],
+    *,
+    num_heads: int | None = None,
+    img_size: Any = None,
+    pool: Mapping[str, Any] = {},
+    **options: Any,
 ) -> ReducedViT:
     """Load a checkpoint with DeiT's own keys; the positions are resized to `img_size` as the releases do.
 
     LV-ViT's keys are known too; the method's defaults are then those released for LV-ViT.
+
+    Args:
+        pool: of the host, how its head pools.
     """
     if in_lv_vit_layout(state):
         return _on_lv_vit(name, state, num_heads=num_heads, img_size=img_size, **options)
@@ -165,6 +174,7 @@ def _load_deit(
             num_heads=num_heads,
             mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
             qkv_bias="blocks.0.attn.qkv.bias" in state,
+            **pool,
         )
         grid = (height // patch[0], width_px // patch[1])
         host.load_state_dict(state | {"pos_embed": _resize_positions(state["pos_embed"], side, grid)})
@@ -191,6 +201,7 @@ def _on_lv_vit(
     blocks = {"blocks": (quarter, 2 * quarter, 3 * quarter)}
     released: dict[str, dict[str, Any]] = {
         "evit": blocks,
+        "ats": blocks,
         "dynamic_vit": blocks | {"token_loss": "divergence"},
         "idle_vit": {"start_block": quarter, "group_length": quarter, "compared": "active"},
     }
@@ -212,6 +223,13 @@ def _load_dynamic_vit(state: dict[str, Tensor], **options: Any) -> ReducedViT:
         count = len(model.method.config.blocks)
         raise EvoViTError(f"The predictors do not fit the {count} blocks: {in_one_line(error)}.") from error
     return model
+
+
+def _load_ats(state: dict[str, Tensor], **options: Any) -> ReducedViT:
+    """Load DeiT's keys; the rows of zeros that the released sampling blocks store are left."""
+    released: dict[str, Any] = {"keep_ratio": 1.0, "softmax": "released"}  # a point for each patch
+    state = {key: value for key, value in state.items() if not key.endswith("out_zero_mask")}
+    return _load_deit("ats", state, **(released | options))
 
 
 def _checked_heads(num_heads: int | None, width: int) -> int:
@@ -238,6 +256,7 @@ LOADERS: dict[str, Callable[..., nn.Module]] = {
     "evit": partial(_load_deit, "evit"),
     "idle_vit": partial(_load_deit, "idle_vit"),
     "dynamic_vit": _load_dynamic_vit,
+    "ats": _load_ats,
     "lv_vit": load_lv_vit,
     "sit": load_sit,
     "levit": load_levit,

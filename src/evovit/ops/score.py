@@ -47,7 +47,9 @@ def class_logit_mean(qkv: QKV, num_prefix: int) -> Tensor:
     return class_logits(qkv)[..., num_prefix:].mean(1).float()
 
 
-def attention_column_mean(qkv: QKV, num_prefix: int, count: int | None = None) -> Tensor:
+def attention_column_mean(
+    qkv: QKV, num_prefix: int, count: int | None = None, asking: Tensor | None = None
+) -> Tensor:
     """Return the attention each patch token receives, mean over heads and queries (Evo-ViT, table 4).
 
     For hosts without a class token. The column sums need every row, so the weights are formed one head at a
@@ -55,6 +57,7 @@ def attention_column_mean(qkv: QKV, num_prefix: int, count: int | None = None) -
 
     Args:
         count: N, the patch tokens asked for, from the first on; None: all.
+        asking: (B, P + N) 1 for queries that count; None: all do.
 
     Returns:
         (B, N) float32, each in [0, 1].
@@ -64,7 +67,11 @@ def attention_column_mean(qkv: QKV, num_prefix: int, count: int | None = None) -
         logits = (qkv.q[:, head].float() * qkv.scale) @ qkv.k[:, head].float().transpose(-2, -1)  # (B, T, T)
         if qkv.bias is not None:
             logits = logits + qkv.bias[:, min(head, qkv.bias.shape[1] - 1)].float()
-        total = total + logits.softmax(-1).mean(1)  # (B, T)
+        weight = logits.softmax(-1)  # (B, T, T)
+        if asking is None:
+            total = total + weight.mean(1)
+        else:
+            total = total + (weight * asking.unsqueeze(-1)).sum(1) / asking.sum(-1, keepdim=True)
     return total[:, _patches(num_prefix, count)] / qkv.q.shape[1]
 
 
