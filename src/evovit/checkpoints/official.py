@@ -232,6 +232,43 @@ def _load_ats(state: dict[str, Tensor], **options: Any) -> ReducedViT:
     return _load_deit("ats", state, **(released | options))
 
 
+def _load_cropr(state: dict[str, Tensor], *, global_pool: str = "token", **options: Any) -> ReducedViT:
+    """Load timm's keys and the routers'; their options are read from the tensors, but not `router_heads`.
+
+    Routers and auxiliary heads in the file that the options do not ask for are left.
+    """
+    own = {key: value for key, value in state.items() if key.startswith("cropr.")}
+    numbers = {int(key.split(".")[1]) for key in own if key.split(".")[1].isdecimal()}
+    first = {key.removeprefix("cropr.0.") for key in own}
+    if "cross_attn.queries" not in first:
+        raise EvoViTError(
+            "This is not an official cropr checkpoint: 'cropr.0.cross_attn.queries' is missing. Load "
+            "another model's weights into its own host and wrap that with evovit.reduce_tokens."
+        )
+    depth = sum(key.endswith(".attn.qkv.weight") for key in state)
+    width, hidden = own["cropr.0.cross_attn.queries"].shape[-1], own.get("cropr.0.cross_attn.mlp.fc1.weight")
+    read = {
+        "llf": len(numbers) < depth - 1,
+        "num_queries": own["cropr.0.cross_attn.queries"].shape[1],
+        "auxiliary": "head.norm.weight" in first,
+        "pre_attn_norm": "cross_attn.attn_norm.weight" in first,
+        **{f"{each}_proj": f"cross_attn.{each}.weight" in first for each in ("q", "k", "v")},
+        "qkv_bias": any(f"cross_attn.{each}.bias" in first for each in ("q", "k", "v")),
+        "mlp": hidden is not None,
+        "mlp_ratio": 4.0 if hidden is None else hidden.shape[0] / width,
+    }
+    unused = "norm." if global_pool == "avg" else "fc_norm."
+    host = {key: value for key, value in state.items() if key not in own and not key.startswith(unused)}
+    pool = {"global_pool": global_pool, "pool_include_prefix": global_pool == "avg"}
+    model = _load_deit("cropr", host, pool=pool, **(read | options))
+    wanted = model.method.state_dict()
+    try:
+        model.method.load_state_dict({key: value for key, value in own.items() if key in wanted})
+    except RuntimeError as error:
+        raise EvoViTError(f"The routers do not fit the options: {in_one_line(error)}.") from error
+    return model
+
+
 def _checked_heads(num_heads: int | None, width: int) -> int:
     """Return `num_heads`, which no tensor tells; raises `EvoViTError` unless it divides the width."""
     if type(num_heads) is not int or num_heads < 1 or width % num_heads:
@@ -257,6 +294,7 @@ LOADERS: dict[str, Callable[..., nn.Module]] = {
     "idle_vit": partial(_load_deit, "idle_vit"),
     "dynamic_vit": _load_dynamic_vit,
     "ats": _load_ats,
+    "cropr": _load_cropr,
     "lv_vit": load_lv_vit,
     "sit": load_sit,
     "levit": load_levit,
