@@ -21,7 +21,7 @@ from evovit.methods.base import Method, check_blocks, require_class_token
 from evovit.ops.mask import masked_attention, masked_softmax
 from evovit.ops.sample import sample, value_score
 from evovit.ops.score import attention_column_mean, class_attention, class_logits
-from evovit.ops.select import keep_rows, prefix_queries, put, rows_where, take_queries, with_prefix
+from evovit.ops.select import keep_rows, leading_queries, put, rows_where, take_queries, with_prefix
 from evovit.options import Number, Ratio, option
 from evovit.schedule import KeepSchedule
 from evovit.tokens import QKV, Tokens
@@ -120,7 +120,7 @@ class ATS(Method):
         """Return the score of each patch token, (B, N) float32, sum 1; 0 for absent ones."""
         count, part = tokens.num_prefix, tokens.taking_part
         by_class = self.config.selection == "class"
-        seen = prefix_queries(qkv, count) if by_class else qkv
+        seen = leading_queries(qkv, count) if by_class else qkv
         if bias is not None:
             own = torch.zeros_like(bias) if seen.bias is None else seen.bias
             seen = seen._replace(bias=(own + bias).expand(-1, -1, seen.q.shape[2], -1))
