@@ -1,8 +1,8 @@
 """What ranks patch tokens: the values of the option `selection` that methods share; formulas in `ops.score`.
 
 `class` reads the class token's attention. Hosts without one have the attention a token receives
-(`column_mean`), the length of its key (`key_norm`), what the pooling head's probe would read (`probe`), or how
-far the block's FFN moves it (`shift`), which is known after the block only.
+(`column_mean`), the length of its key (`key_norm`), what the pooling head's probe would read (`probe`), or
+how far the block's FFN moves it (`shift`), which is known after the block only.
 """
 
 from __future__ import annotations
