@@ -19,6 +19,7 @@ Model road: image -> tokens -> score -> select -> update -> head
   models       named models, also in timm's registry
   macs         multiply-accumulates of one image
   fuse         batch norms folded into the layers beside them
+  slimming     heads and channels masked in training, then removed for good
   visualize    which patches were kept, as masks and pictures
   analyse      what each block attends to, computes alike and keeps: figures 2, 4 and 5
 
@@ -67,6 +68,8 @@ if TYPE_CHECKING:
     from evovit.model import reduce_tokens as reduce_tokens
     from evovit.models import create_model as create_model
     from evovit.models import list_models as list_models
+    from evovit.slimming import StructuredMasks as StructuredMasks
+    from evovit.slimming import slim as slim
     from evovit.tokens import Outputs as Outputs
     from evovit.towers import reduce_tower as reduce_tower
     from evovit.towers import restore_tower as restore_tower
@@ -80,6 +83,7 @@ _HOMES = {  # a name is imported from its module when it is first asked for
     "Outputs": "tokens",
     "ReducedViT": "model",
     "SimplePyramid": "feature_maps",
+    "StructuredMasks": "slimming",
     "calibrate": "calibration",
     "check_adapter": "backbones",
     "create_model": "models",
@@ -98,6 +102,7 @@ _HOMES = {  # a name is imported from its module when it is first asked for
     "reduce_tower": "towers",
     "restore_tower": "towers",
     "save_reduced": "checkpoints.reduced",
+    "slim": "slimming",
     "stale_share": "feature_maps",
     "train_recipe": "train.run",
     "tune": "tuning.tune",

@@ -260,7 +260,10 @@ def test_the_fused_token_is_the_weighted_sum_after_attention() -> None:
         ({"keep": (8, 8)}, "give one count per block"),
         ({"shrink": (0.5, 0.2)}, "shrink is .* give two rising shares"),
         ({"counts": "all"}, "counts is 'all'; allowed is current or initial"),
-        ({"selection": "best"}, "selection is 'best'; allowed is class, column_mean, key_norm or probe"),
+        (
+            {"selection": "best"},
+            "selection is 'best'; allowed is class, column_mean, key_norm, probe or shift",
+        ),
     ],
 )
 def test_wrong_options_are_refused_in_one_sentence(options: dict[str, Any], sentence: str) -> None:
@@ -298,3 +301,21 @@ def test_explicit_counts_have_no_ratio_to_ramp() -> None:
 def test_a_host_without_class_token_needs_a_chosen_score() -> None:
     with pytest.raises(evovit.EvoViTError, match="needs a class token.*choose 'column_mean'"):
         evovit.reduce_tokens(make_host("siglip"), "evit", blocks=(1,))
+
+
+def test_representation_shift_ranks_after_the_ffn_and_weighs_as_a_share() -> None:
+    """The fused token is the sum of the others, each times its share of all shifts."""
+    host, images = make_host("siglip"), pictures()
+    reduced = evovit.reduce_tokens(host, "evit", blocks=(1,), keep=(8,), selection="shift")
+    block = host.blocks[1]
+    with torch.no_grad():
+        x = evovit.reduce_tokens(host, "dense").run(images, record=True).trace[0].x
+        x = x + block.attn(block.norm1(x))
+        branch = block.mlp(block.norm2(x))
+        after, out = x + branch, reduced.run(images, record=True).trace[1]
+        for image in range(2):
+            shift = [(branch[image, row] - x[image, row]).norm().item() for row in range(16)]
+            order = sorted(range(16), key=lambda row: -shift[row])
+            assert out.index[image].tolist() == [*sorted(order[:8]), -1]
+            fused = sum(after[image, row] * shift[row] / sum(shift) for row in order[8:])
+            assert_close(out.x[image], torch.cat((after[image, sorted(order[:8])], fused[None])))

@@ -8,18 +8,16 @@ and mask the attention of every block, so that their gradient reaches the predic
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from evovit.backbones.base import BackboneSpec, Block
 from evovit.methods import register
-from evovit.methods.base import Method, Ranking, ScheduledConfig, schedule_at_blocks
+from evovit.methods.base import Method, Ranking, ScheduledConfig, run_masked, schedule_at_blocks
 from evovit.ops.distance import kept_distance, logit_divergence
-from evovit.ops.mask import gumbel_keep, gumbel_noise, masked_attention
+from evovit.ops.mask import gumbel_keep, gumbel_noise
 from evovit.ops.select import split_top
 from evovit.ops.squeeze import Rest, Temperature, keep_split, squeeze_masked
 from evovit.options import Number, Ratio, Weight, option
@@ -109,9 +107,7 @@ class DynamicViT(Method):
             return block(self.drop(tokens, block.number))
         if block.number in self.reducing:
             tokens = self.sample(tokens, block.number)
-        mask = F.pad(tokens.taking_part, (tokens.num_prefix, 0), value=1.0)
-        mix = partial(masked_attention, mask=mask)
-        return block.ffn(block.attention(tokens, block.qkv(tokens), mix=mix))
+        return run_masked(block, tokens)
 
     def scores(self, tokens: Tokens, number: int) -> Tensor:
         """Return log-probabilities of keep and drop before block `number`, (B, N, 2) float32."""

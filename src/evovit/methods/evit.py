@@ -20,7 +20,7 @@ from evovit.backbones.base import BackboneSpec, Block
 from evovit.errors import EvoViTError, check_count
 from evovit.methods import register
 from evovit.methods.base import Method, Ranking, ScheduledConfig, check_blocks, falling
-from evovit.methods.selection import check_selection, patch_score
+from evovit.methods.selection import check_selection, patch_score, shift_in, shift_score
 from evovit.ops.select import split_top
 from evovit.ops.squeeze import Temperature, keep_split
 from evovit.ops.update import weighted_sum
@@ -28,7 +28,7 @@ from evovit.options import Count, Number, Ratio, Share, option
 from evovit.schedule import KeepSchedule, per_block
 from evovit.tokens import Tokens
 
-Selection = Literal["class", "column_mean", "key_norm", "probe"]
+Selection = Literal["class", "column_mean", "key_norm", "probe", "shift"]
 Rest = Literal["fuse", "drop", "squeeze"]
 Counts = Literal["current", "initial"]
 
@@ -70,7 +70,7 @@ class EViT(Method):
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        check_selection(config.selection, spec)
+        check_selection(config.selection, spec, ("shift",))
         if config.keep_per_block is None:
             check_blocks(config.blocks, spec.depth)
         count = len(config.blocks)
@@ -122,14 +122,20 @@ class EViT(Method):
         found = tokens
         tokens, qkv = block.attend(found)
         keep = self.count(block.number, tokens)
-        if keep is not None:
-            score = patch_score(self.config.selection, qkv, found, block.probe)
-            tokens = self.reorganise(tokens, score, keep)
-        return block.ffn(tokens)
+        if keep is None:
+            return block.ffn(tokens)
+        if self.config.selection == "shift":
+            after = block.ffn(tokens)
+            score = shift_score(tokens, after)
+            return self.reorganise(after, score / score.sum(-1, keepdim=True), keep)  # as attention weighs
+        score = patch_score(self.config.selection, qkv, found, block.probe)
+        return block.ffn(self.reorganise(tokens, score, keep))
 
     def ranking(self, block: Block, tokens: Tokens) -> Ranking | None:
         if self.count(block.number, tokens) is None:
             return None
+        if self.config.selection == "shift":
+            return Ranking(shift_in(block, tokens), tokens.index)
         score = patch_score(self.config.selection, block.qkv(tokens), tokens, block.probe)
         return Ranking(score, tokens.index)
 

@@ -18,15 +18,15 @@ from evovit.backbones.base import BackboneSpec, Block, Stage, last_qkv
 from evovit.errors import EvoViTError, check_choice, check_count
 from evovit.methods import register
 from evovit.methods.base import ClassTokenHead, Method, Ranking, ScheduledConfig, require_class_token
-from evovit.methods.selection import check_selection, patch_score
+from evovit.methods.selection import check_selection, patch_score, shift_score
 from evovit.ops.score import class_attention, random_score
 from evovit.ops.slow_fast import Waiting, bring_back, num_awake, score_awake, set_aside
 from evovit.options import Count, Number, Ratio, Share, option
 from evovit.schedule import KeepSchedule, per_block
-from evovit.tokens import QKV, Tokens
+from evovit.tokens import Tokens
 
 Mode = Literal["stage", "layer"]
-Selection = Literal["global", "class", "last_class", "column_mean", "key_norm", "probe", "random"]
+Selection = Literal["global", "class", "last_class", "column_mean", "key_norm", "probe", "shift", "random"]
 UNRATED = ("last_class", "random")  # selections that no block contributes to
 
 
@@ -72,7 +72,7 @@ class EvoViT(Method):
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        check_selection(config.selection, spec, ("random",))
+        check_selection(config.selection, spec, ("shift", "random"))
         if config.fast_update and not config.preserve:
             raise EvoViTError("fast_update updates the placeholders that preserve=False drops; turn one off.")
         if config.assisted_head:
@@ -120,8 +120,15 @@ class EvoViT(Method):
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
         if self.schedule.starts_stage(block.number, self.length):
             tokens = self.split(self.join(tokens), block.number)
-        after, qkv = block.attend(tokens)
-        return block.ffn(self.rate(after, qkv, block, tokens))
+        attended, qkv = block.attend(tokens)
+        if not self.is_read(block.number):
+            return block.ffn(attended)
+        awake = num_awake(attended.carry)
+        if self.config.selection == "shift":
+            after = block.ffn(attended)
+            return self.rate(after, shift_score(attended, after, awake), block.number)
+        new = patch_score(self.config.selection, qkv, tokens, block.probe, awake)
+        return block.ffn(self.rate(attended, new, block.number))
 
     def split(self, tokens: Tokens, number: int) -> Tokens:
         """Let the informative tokens and the representative one go on; the placeholders wait."""
@@ -143,16 +150,13 @@ class EvoViT(Method):
         tokens = self.join(tokens)
         return Ranking(self.score(tokens, number), tokens.index)
 
-    def rate(self, tokens: Tokens, qkv: QKV, block: Block, found: Tokens) -> Tokens:
-        """Evolve the score of the tokens that took part (eq. 4), if a later selection reads it.
+    def is_read(self, number: int) -> bool:
+        """Tell whether a later selection reads the score of block `number`."""
+        rated = self.config.selection not in UNRATED
+        return rated and self.schedule.reads_score(number, self.length, self.old_weights)
 
-        Args:
-            qkv: what the attention of this block saw of the tokens it found.
-        """
-        selection, number = self.config.selection, block.number
-        if selection in UNRATED or not self.schedule.reads_score(number, self.length, self.old_weights):
-            return tokens
-        new = patch_score(selection, qkv, found, block.probe, num_awake(tokens.carry))
+    def rate(self, tokens: Tokens, new: Tensor, number: int) -> Tokens:
+        """Evolve the score of the tokens that took part (eq. 4); `new` (B, K) float32 is this block's."""
         new = new if self.config.fast_update else new.detach()  # it weighs tokens (eq. 5), or only ranks them
         return score_awake(tokens, new, self.old_weights[number])
 

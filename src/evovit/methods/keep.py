@@ -1,7 +1,7 @@
 """Keep some patch tokens and drop the others: the plain baselines every comparison needs.
 
-Top-K by class attention, random and evenly spaced, with the counts of DynamicViT. Who is not kept is dropped,
-or squeezed into the kept (TPS, Wei et al., CVPR 2023).
+Top-K by class attention or another score, random and evenly spaced, with the counts of DynamicViT. Who is not
+kept is dropped, or squeezed into the kept (TPS, Wei et al., CVPR 2023).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from evovit.methods.base import (
     ScheduledConfig,
     schedule_at_blocks,
 )
-from evovit.methods.selection import check_selection, patch_score
+from evovit.methods.selection import check_selection, patch_score, shift_in, shift_score
 from evovit.ops.score import random_score
 from evovit.ops.select import Split, split_even, split_top
 from evovit.ops.squeeze import Rest, Temperature, keep_split
 from evovit.options import Number, Ratio, option
 from evovit.tokens import QKV, Tokens
 
-Selection = Literal["class", "column_mean", "key_norm", "probe", "random", "even"]
+Selection = Literal["class", "column_mean", "key_norm", "probe", "shift", "random", "even"]
 
 
 @register("keep")
@@ -45,7 +45,7 @@ class Keep(Method):
             0.7, "r: r, r^2, ... of all patches; a list has one per reducing block"
         )
         blocks: tuple[Number, ...] = option(
-            (3, 6, 9), "that reduce, between attention and FFN; counted from 0"
+            (3, 6, 9), "that reduce, between attention and FFN, by shift after it; counted from 0"
         )
         selection: Selection = option(
             "class", "top attention of the class token; what hosts without one have; or plain"
@@ -55,7 +55,7 @@ class Keep(Method):
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        check_selection(config.selection, spec, ("random", "even"))
+        check_selection(config.selection, spec, ("shift", "random", "even"))
         self.merges = config.rest == "squeeze"
         self.plan(config)
 
@@ -69,10 +69,16 @@ class Keep(Method):
         found = tokens
         tokens, qkv = block.attend(found)
         keep = self.schedule.count(block.number, tokens.num_cells)
-        if keep is not None and keep < tokens.num_patches:
-            split = self.split(block, found, qkv, keep)
-            tokens = keep_split(tokens, split, self.config.rest, self.config.temperature)
-        return block.ffn(tokens)
+        if keep is None or keep >= tokens.num_patches:
+            return block.ffn(tokens)
+        if self.config.selection == "shift":
+            after = block.ffn(tokens)
+            return self.reduce(after, split_top(shift_score(tokens, after), keep))
+        return block.ffn(self.reduce(tokens, self.split(block, found, qkv, keep)))
+
+    def reduce(self, tokens: Tokens, split: Split) -> Tokens:
+        """Return those who stay; the others are dropped, or squeezed into them."""
+        return keep_split(tokens, split, self.config.rest, self.config.temperature)
 
     def split(self, block: Block, tokens: Tokens, qkv: QKV, keep: int) -> Split:
         """Choose who of those a block found stays."""
@@ -89,4 +95,6 @@ class Keep(Method):
     def ranking(self, block: Block, tokens: Tokens) -> Ranking | None:
         if self.schedule.ratios[block.number] == 1 or self.config.selection == "even":
             return None
+        if self.config.selection == "shift":
+            return Ranking(shift_in(block, tokens), tokens.index)
         return Ranking(self.score(block, tokens, block.qkv(tokens)), tokens.index)

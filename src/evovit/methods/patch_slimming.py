@@ -47,18 +47,22 @@ class PatchSlimming(Method):
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        ratios = per_block(config.keep_ratio, spec.depth, "keep_ratio")
+        self.plan(config)
+        cells = math.prod(spec.grid)
+        order = random.Random(0).sample(range(cells), cells)
+        self.register_buffer("order", torch.tensor(order))
+
+    def plan(self, config: Config) -> None:
+        depth = self.spec.depth
+        ratios = per_block(config.keep_ratio, depth, "keep_ratio")
         if not isinstance(config.keep_ratio, Sequence):
-            fall = (1 - config.keep_ratio) / spec.depth
-            ratios = tuple(1 - fall * (number + 1) for number in range(spec.depth - 1)) + ratios[-1:]
+            fall = (1 - config.keep_ratio) / depth
+            ratios = tuple(1 - fall * (number + 1) for number in range(depth - 1)) + ratios[-1:]
         if list(ratios) != sorted(ratios, reverse=True):
             raise EvoViTError(
                 f"keep_ratio rises, {ratios}, and a patch that is gone does not return; let it fall."
             )
         self.schedule = KeepSchedule(ratios, rounding=round)
-        cells = math.prod(spec.grid)
-        order = random.Random(0).sample(range(cells), cells)
-        self.register_buffer("order", torch.tensor(order))
 
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
         keep = self.schedule.count(block.number, tokens.num_cells)

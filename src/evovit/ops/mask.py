@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from evovit.ops.select import split_top
 from evovit.tokens import QKV
 
 
@@ -91,4 +92,17 @@ def gumbel_keep(log_p: Tensor, noise: Tensor) -> Tensor:
     noisy = log_p + noise
     soft = noisy.softmax(-1)[..., 0]
     hard = (noisy[..., 0] >= noisy[..., 1]).to(soft.dtype)
+    return hard + (soft - soft.detach())  # the value of `hard`, the gradient of `soft`
+
+
+def gumbel_top(log_p: Tensor, noise: Tensor, keep: int, temperature: Tensor) -> Tensor:
+    """Return a sampled choice of `keep` tokens of each image, (B, N) float32: 1 in, 0 out; straight-through.
+
+    Args:
+        log_p: (B, N) float32 log-probabilities; their softmax at this temperature is what learns.
+        noise: the same shape, from `gumbel_noise`.
+    """
+    noisy = (log_p + noise) / temperature.float()
+    soft = noisy.softmax(-1)
+    hard = split_top(noisy, keep).kept.to(soft.dtype)
     return hard + (soft - soft.detach())  # the value of `hard`, the gradient of `soft`

@@ -111,6 +111,21 @@ def probe_attention(qkv: QKV, num_patches: int, count: int | None = None) -> Ten
     return class_attention(qkv, qkv.k.shape[2] - num_patches, count)
 
 
+def representation_shift(before: Tensor, after: Tensor) -> Tensor:
+    """Return how far the FFN moves each token, (B, N) float32 (Representation Shift, Choi et al., ICCV 2025).
+
+    The L2 distance between the output of the FFN's branch and its input (eq. 4 to 6; the residual is not
+    added): || branch(x) - x ||, where the block gives x + branch(x), LayerScale and drop path of the host in
+    it. It needs neither attention weights nor a class token.
+
+    Args:
+        before: (B, N, C), patch tokens after attention.
+        after: (B, N, C), the same after the FFN.
+    """
+    distance: Tensor = torch.linalg.vector_norm(after.float() - 2 * before.float(), dim=-1)
+    return distance
+
+
 def running_score(old: Tensor | None, new: Tensor, trade_off: float | Tensor) -> Tensor:
     """Return trade_off * old + (1 - trade_off) * new (Evo-ViT eq. 4); `new` if there is no old."""
     if old is None or (not isinstance(trade_off, Tensor) and trade_off == 0):
