@@ -183,6 +183,10 @@ def test_what_is_refused() -> None:
         evovit.reduce_tower(model, "evo_vit", **REDUCES, preserve=False, fast_update=False)
     with pytest.raises(EvoViTError, match="needs a class token"):
         evovit.reduce_tower(model, "evit", blocks=(1,))
+    with pytest.raises(EvoViTError, match="leaves 16 of 64 patch tokens"):
+        evovit.reduce_tower(model, "subsample", block=1)
+    with pytest.raises(EvoViTError, match="leaves 6 of 24 merge blocks"):
+        evovit.reduce_tokens(tower, "subsample", block=1)(patches(SIZES), grid_thw=SIZES)
     reduced = evovit.reduce_tokens(tower, "evo_vit", **REDUCES)
     with pytest.raises(EvoViTError, match="cu_seqlens: a reduced Qwen3VLVisionModel cannot honour"):
         reduced(patches(SIZES), grid_thw=SIZES, cu_seqlens=torch.tensor([0, 96, 120]))

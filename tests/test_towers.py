@@ -212,6 +212,7 @@ def test_a_reduced_tower_trains_copies_and_pickles() -> None:
     [
         ("evit", {"blocks": (1,)}, r"leaves \d+ of 16 patch tokens, and the model around"),
         ("keep", {"blocks": (1,)}, r"leaves \d+ of 16"),
+        ("subsample", {"block": 1}, r"leaves 4 of 16"),
         ("evo_vit", REDUCES | {"preserve": False, "fast_update": False}, r"leaves \d+ of 16"),
         ("evo_vit", REDUCES | {"assisted_head": True}, "parameters of its own"),
         ("dynamic_vit", {"blocks": (1,)}, "parameters of its own"),

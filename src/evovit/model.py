@@ -14,7 +14,7 @@ from evovit.backbones import Backbone, adapt, check_adapter, read_host
 from evovit.backbones.base import Stage, is_hooked
 from evovit.backbones.prefix import with_prefix_block
 from evovit.budgets import Statistics, check_budgets, running
-from evovit.errors import EvoViTError, check_choice, check_count, check_ratio, listed, shown
+from evovit.errors import EvoViTError, check_choice, check_count, check_kind, check_ratio, listed, shown
 from evovit.intermediates import feature_info, forward_intermediates, prune, refuse_masks
 from evovit.methods import build_config, find_method, find_method_of
 from evovit.methods.base import Method
@@ -448,10 +448,11 @@ def reduce_tokens(
         cls, config = find_method_of(method), method
     else:
         raise EvoViTError(f"method is {shown(method)}; give a method's name or its Config.")
+    check_kind("verify", verify, bool, "True or False")
     backbone = read_host(model)
     backbone.expect_unsharded()
     refuse_hooks(backbone, model)
-    if verify is not False:
+    if verify:
         check_adapter(model)
     like = next(p for p in model.parameters() if p.is_floating_point())
     return ReducedViT(model, cls(config, backbone.spec).to(like.device, like.dtype), last_block, budgets)

@@ -306,3 +306,22 @@ def test_walk_over_every_image_classifier_of_transformers() -> None:
             supported.add(cls.__name__)
     assert supported == SUPPORTED
     assert refused >= 25
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("keep", {"keep_ratio": 0.5}), ("keep", {"keep_ratio": 0.25}), ("subsample", {}), ("evit", {})],
+)
+@pytest.mark.parametrize("name", ["ViTForMaskedImageModeling", "BeitForSemanticSegmentation", "ViTMAEModel"])
+def test_a_head_that_reads_a_token_for_each_patch_is_not_given_fewer(
+    name: str, method: str, options: dict[str, Any]
+) -> None:
+    """Also where what is left would look like a smaller grid."""
+    from evovit.methods import find_method
+
+    model = make(name)
+    cls = find_method(method)
+    reduced = evovit.reduce_tokens(model, method, **cls.example | options)
+    given = inputs_of(model, pictures(2, SIZE))
+    with pytest.raises(EvoViTError, match=r"a token for each patch|keeps the grid"):
+        reduced(**given)

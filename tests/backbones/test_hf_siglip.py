@@ -173,3 +173,14 @@ def test_saved_and_copied_with_its_selection(tmp_path: Any) -> None:
     with torch.no_grad():
         assert torch.equal(reduced(pictures()).logits, again(pictures()).logits)
         assert torch.equal(copy.deepcopy(reduced)(pictures()).logits, again(pictures()).logits)
+
+
+@pytest.mark.parametrize("name", ["Siglip2VisionModel", "Siglip2ForImageClassification"])
+def test_its_work_is_counted(name: str) -> None:
+    model = make(name)
+    whole = evovit.gmacs(evovit.reduce_tokens(model, "dense"), (3, 32, 32))
+    assert (
+        0
+        < evovit.gmacs(evovit.reduce_tokens(model, "evo_vit", **KEEPS | {"keep_ratio": 0.5}), (3, 32, 32))
+        < whole
+    )

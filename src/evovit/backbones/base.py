@@ -159,6 +159,7 @@ class Backbone(ABC):
     spec: BackboneSpec
     image_shape: tuple[int, int, int]  # (channels, height, width) the host was built for
     head_reads_patches: bool  # False where the head reads prefix tokens alone
+    head_reads_grid: bool = False  # True where it reads a token for each patch, in its place
 
     @abstractmethod
     def __init__(self, model: nn.Module) -> None: ...

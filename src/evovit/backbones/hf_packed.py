@@ -268,7 +268,8 @@ class HFPacked(HFTrunk):
             tokens, trace = road.blocks(whole, maps, record=len(steps) > 1)
             places.append(place)
             for part, step in zip(parts, steps, strict=True):
-                part.append(self.all_of(road.method.finish(tokens if step is None else trace[step])))
+                after = road.method.finish(tokens if step is None else trace[step])
+                part.append(self.all_of(after, rows * columns))
         back = torch.cat(places).argsort()
         found = [torch.cat(part)[back] for part in parts]
         answer = self.answered(found, self.order(arguments["grid_thw"]))
@@ -285,11 +286,11 @@ class HFPacked(HFTrunk):
                 start += rows * columns
         return found
 
-    def all_of(self, tokens: Tokens) -> Tensor:
-        """Return every merge block of the frames, one after another; raises where a method dropped some."""
-        if tokens.num_patches != tokens.num_cells:
+    def all_of(self, tokens: Tokens, count: int) -> Tensor:
+        """Return all `count` merge blocks of each frame, one after another; raises where some are gone."""
+        if tokens.num_patches != count:
             raise EvoViTError(
-                f"The method leaves {tokens.num_patches} of {tokens.num_cells} merge blocks, and a packed "
+                f"The method leaves {tokens.num_patches} of {count} merge blocks, and a packed "
                 "tower gives each its place; choose one that brings all back: evo_vit, idle_vit or tome."
             )
         return tokens.x.flatten(0, 1)

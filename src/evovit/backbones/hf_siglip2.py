@@ -40,7 +40,8 @@ class HFSiglip2(HFPadded):
         cut = images[:, :, : rows * size, : columns * size]
         cut = cut.reshape(batch, channels, rows, size, columns, size).permute(0, 2, 4, 3, 5, 1)
         cut = cut.reshape(batch, rows * columns, size * size * channels)
-        shapes = torch.tensor([[rows, columns]], device=images.device).expand(batch, 2)
+        place = "cpu" if images.is_meta else images.device  # the host reads their values
+        shapes = torch.tensor([[rows, columns]], device=place).expand(batch, 2)
         return {"pixel_values": cut, "spatial_shapes": shapes, "pixel_attention_mask": None}
 
     def laid_out(self, patches: Tensor, shapes: Any, mask: Any) -> Tensor:

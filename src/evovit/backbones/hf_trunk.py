@@ -190,6 +190,12 @@ class HFTrunk(Backbone):
         tokens, trace = road.blocks(whole, self.suited(images), record=hidden, prefix_only=narrow)
         self.expect_apart(whole, road, tokens)
         tokens = tokens if narrow else road.method.finish(tokens)
+        if self.reads_grid(whole) and self.lost(tokens):
+            raise EvoViTError(
+                f"{type(next(whole.bypassed())).__name__} reads a token for each patch, and "
+                f"{type(road.method).__name__} as configured leaves fewer; choose a method that brings all "
+                "back: evo_vit, idle_vit or tome."
+            )
         if tokens.mask is not None and whole.head_reads_patches:
             whole.masked_head(tokens.x, tokens.mask)  # says why not
         states = None
@@ -197,6 +203,14 @@ class HFTrunk(Backbone):
             states = self.hidden_states([road.method.finish(after) for after in trace], asked)
         answer = self.wrapped(self.norm(tokens.x), states)
         return answer if asked_for(arguments, self.config, "return_dict", True) else answer.to_tuple()
+
+    def reads_grid(self, whole: Backbone) -> bool:
+        """Tell whether the answer needs a token for each patch."""
+        return whole.head_reads_grid
+
+    def lost(self, tokens: Tokens) -> bool:
+        """Tell whether some of the tokens embedded last are gone."""
+        return self.embedded is not None and tokens.x.shape[1] < self.embedded.shape[1]
 
     def expect_apart(self, whole: Backbone, road: Road, tokens: Tokens) -> None:
         """Raise `EvoViTError` where padding mixed with what the last block left; default: there is none."""
@@ -229,7 +243,7 @@ class HFTrunk(Backbone):
         """
         first: Any = self.embedded
         states = [first, *(tokens.x for tokens in trace)]
-        if any(tokens.num_patches != tokens.num_cells for tokens in trace):
+        if any(self.lost(tokens) for tokens in trace):
             raise EvoViTError(
                 "All tokens after each block are asked for, as hidden states, and the method leaves fewer: "
                 "choose one that keeps the grid (evo_vit, idle_vit, tome), or read "

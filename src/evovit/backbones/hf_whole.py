@@ -72,6 +72,7 @@ class HFWhole(Backbone):
         self.spec = self.trunk.spec_with(inner.num_labels if classifies else 0)
         self.image_shape = self.trunk.image_shape
         self.has_head = any(hasattr(inner, name) for name in HEADS)
+        self.head_reads_grid = not self.has_head  # reconstructs, segments
         self.head_reads_patches = type(inner).__name__ not in CLASS_TOKEN_HEADS
 
     def takes(self, height: int, width: int) -> bool:

@@ -58,6 +58,9 @@ def save_reduced(
     """
     folder = as_path(folder, "folder")
     check_kind("reduced", reduced, ReducedViT, "what reduce_tokens returns")
+    if host is not None:
+        check_kind("host", host, str, "timm's name of the host, or None")
+    check_kind("host_options", host_options, Mapping, "a table of timm's arguments")  # type: ignore[type-abstract]
     described = describe(reduced.model, host, host_options)
     config = reduced.method.current_config()
     if folder.exists() and not folder.is_dir():

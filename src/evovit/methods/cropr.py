@@ -14,7 +14,6 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from annotated_types import Ge, Gt, Le
-from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +21,7 @@ from evovit.backbones.base import BackboneSpec, Block
 from evovit.errors import EvoViTError, check_count
 from evovit.methods import register
 from evovit.methods.base import Method
+from evovit.methods.sit import mlp
 from evovit.ops.select import keep_rows, put, rows_where, split_top, take
 from evovit.options import Count, Number, option
 from evovit.tokens import Tokens
@@ -177,7 +177,7 @@ class CrossAttention(nn.Module):
         if config.auxiliary:
             self.v, self.proj = linear(config.v_proj), linear(num_heads > 1, bias=True)
             self.mlp_norm = nn.LayerNorm(dim, eps=1e-6) if config.mlp else nn.Identity()
-            self.mlp = Mlp(dim, max(1, int(dim * config.mlp_ratio))) if config.mlp else None
+            self.mlp = mlp(dim, max(1, int(dim * config.mlp_ratio)), dim) if config.mlp else None
 
     def scores(self, patches: Tensor) -> Tensor:
         """Return the products of all queries with each token's key, added up, (B, N) float32.

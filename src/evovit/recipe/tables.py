@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -166,10 +167,10 @@ class OptimizerTable(Options):
             factors = {prefix: float(factor) for prefix, _, factor in pairs if prefix}
         except ValueError:
             factors = {}
-        if len(factors) != len(pairs) or min(factors.values(), default=1.0) < 0:
+        if len(factors) != len(pairs) or not all(0 <= factor < math.inf for factor in factors.values()):
             raise EvoViTError(
-                f"optimizer.rate_factors is {self.rate_factors!r}; give words such as model.=0.01, no factor "
-                "below 0."
+                f"optimizer.rate_factors is {shown(self.rate_factors)}; give words such as model.=0.01, no "
+                "factor below 0 or infinite."
             )
         return factors
 
