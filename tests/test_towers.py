@@ -132,7 +132,8 @@ def test_a_tower_in_its_place(name: str) -> None:
             evovit.reduce_tower(model, method, **kept)
             assert (model(**given).logits - expected).abs().max() <= EXACT * expected.abs().max()
             evovit.restore_tower(model)
-        for method, fewer in (("evo_vit", REDUCES | options), ("tome", {"r": 3})):
+        sampled = {"blocks": (1,)} | {k: v for k, v in options.items() if k == "selection"}
+        for method, fewer in (("evo_vit", REDUCES | options), ("tome", {"r": 3}), ("ats", sampled)):
             reduced = evovit.reduce_tower(model, method, **fewer)
             assert set(model.state_dict()) == names
             found = model(**given).logits

@@ -14,6 +14,7 @@ from evovit.ops.score import (
     key_norm,
     probe_attention,
     random_score,
+    representation_shift,
     running_score,
 )
 from evovit.ops.select import (
@@ -73,6 +74,19 @@ def test_probe_attention_is_the_probes_row_of_its_head() -> None:
     full = (qkv.q @ qkv.k.transpose(-2, -1) * qkv.scale).softmax(-1).mean(1)[:, 0]
     assert torch.allclose(probe_attention(qkv, 7), full, atol=1e-6)
     assert torch.allclose(probe_attention(qkv, 6, 3), full[:, 1:4], atol=1e-6)
+
+
+def test_representation_shift_is_the_distance_of_the_branch_from_its_input() -> None:
+    before, branch = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+    found = representation_shift(before, before + branch)
+    for image in range(2):
+        for row in range(5):
+            shift = sum(
+                (float(b) - float(a)) ** 2
+                for a, b in zip(before[image, row], branch[image, row], strict=True)
+            )
+            assert float(found[image, row]) == pytest.approx(shift**0.5, rel=1e-5)
+    assert representation_shift(before.bfloat16(), before.bfloat16()).dtype == torch.float32
 
 
 def test_scores_are_float32_for_every_precision() -> None:

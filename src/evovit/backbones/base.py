@@ -6,14 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, final
+from typing import Any, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evovit.errors import EvoViTError, shown
-from evovit.ops.select import prefix_queries, take_qkv
+from evovit.ops.select import keep_leading, leading_queries, take_qkv
 from evovit.tokens import QKV, Tokens
 
 RECORDER = "transformers.utils.output_capturing"  # its hooks note hidden states for those who ask the host
@@ -50,6 +50,10 @@ class Block(ABC):
     def ffn(self, tokens: Tokens) -> Tokens:
         """Return tokens + feed-forward branch."""
 
+    def attention_input(self, tokens: Tokens) -> Tensor:
+        """Return what is projected to queries, keys and values, (B, P + N, C); default: the tokens."""
+        return tokens.x
+
     def scoring_qkv(self, tokens: Tokens) -> QKV:
         """Return enough to choose rows by: queries of the prefix at least, keys of all; default: `qkv`."""
         return self.qkv(tokens)
@@ -64,18 +68,31 @@ class Block(ABC):
         """
         return take_qkv(scored, rows)
 
-    def prefix_qkv(self, tokens: Tokens) -> QKV:
-        """Return queries (and `extra`) of the prefix, keys and values of all; default: rows of `qkv`."""
-        return prefix_queries(self.qkv(tokens), tokens.num_prefix)
+    def leading_qkv(self, tokens: Tokens, count: int) -> QKV:
+        """Return queries (and `extra`) of the first `count` rows, keys and values of all.
 
-    def attend(self, tokens: Tokens, bias: Tensor | None = None) -> tuple[Tokens, QKV]:
+        Default: rows of `qkv`. The prefix is always among them: P <= count <= P + N.
+        """
+        return leading_queries(self.qkv(tokens), count)
+
+    def attend(
+        self, tokens: Tokens, bias: Tensor | None = None, asking: int | None = None
+    ) -> tuple[Tokens, QKV]:
         """Run qkv, then attention.
 
         In the last block both may hold less: where the head reads prefix tokens alone, `prefix.PrefixBlock`
         leaves no patch tokens after attention, and the queries it returns are the prefix tokens' own.
+
+        Args:
+            asking: rows that ask, the first so many, the prefix among them; the others are keys and values
+                alone and gone afterwards. None: all rows ask.
         """
-        qkv = self.qkv(tokens)
-        return self.attention(tokens, qkv, bias), qkv
+        if asking is None:
+            qkv = self.qkv(tokens)
+            return self.attention(tokens, qkv, bias), qkv
+        qkv = self.leading_qkv(tokens, asking)
+        bias = None if bias is None else bias[..., :asking, :]
+        return self.attention(keep_leading(tokens, asking), qkv, bias), qkv
 
     @final
     def __call__(self, tokens: Tokens, bias: Tensor | None = None) -> Tokens:
@@ -115,7 +132,8 @@ class BackboneSpec:
 class Finish(Protocol):
     """What an answer asks of a method."""
 
-    merges: ClassVar[bool]
+    @property
+    def merges(self) -> bool: ...
 
     def finish(self, tokens: Tokens) -> Tokens: ...
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from evovit.backbones.base import Block, Mix, expect_class, expect_parts, mixed_values
-from evovit.ops.select import take_heads
+from evovit.ops.select import keep_leading, take_heads
 from evovit.tokens import QKV, Tokens
 
 
@@ -73,6 +73,9 @@ class HFBlock(Block):
         """End the attention's (0) or the FFN's branch (1): LayerScale, dropout, drop path; default: none."""
         return branch
 
+    def attention_input(self, tokens: Tokens) -> Tensor:
+        return self.normed(tokens.x, 0)
+
     def qkv(self, tokens: Tokens) -> QKV:
         x = self.normed(tokens.x, 0)
         q, k, v = (self.projected(x, part) for part in "qkv")
@@ -84,10 +87,13 @@ class HFBlock(Block):
         k = self.placed(self.projected(x, "k"), tokens)
         return QKV(q, k, k[:, :, :0], self.scale)
 
-    def prefix_qkv(self, tokens: Tokens) -> QKV:
+    def leading_qkv(self, tokens: Tokens, count: int) -> QKV:
         x = self.normed(tokens.x, 0)
+        q = self.projected(x[:, :count], "q")
+        if count > tokens.num_prefix:  # the prefix has no place on the grid
+            q = self.placed(q, keep_leading(tokens, count))
         k, v = self.placed(self.projected(x, "k"), tokens), self.projected(x, "v")
-        return QKV(self.projected(x[:, : tokens.num_prefix], "q"), k, v, self.scale)
+        return QKV(q, k, v, self.scale)
 
     def qkv_of_rows(self, active: Tokens, scored: QKV, rows: Tensor) -> QKV:
         if scored.v.shape[2]:

@@ -13,7 +13,7 @@ from evovit.backbones.base import Backbone, Road, class_path
 from evovit.backbones.hf_blocks import ClipBlock, HFBlock, full
 from evovit.backbones.hf_trunk import HFTrunk
 from evovit.errors import EvoViTError, shown
-from evovit.ops.select import prefix_queries
+from evovit.ops.select import leading_queries
 from evovit.tokens import QKV, Tokens
 
 
@@ -102,8 +102,8 @@ class PaddedBlock(ClipBlock):
     def scoring_qkv(self, tokens: Tokens) -> QKV:
         return self.qkv(tokens)
 
-    def prefix_qkv(self, tokens: Tokens) -> QKV:
-        return prefix_queries(self.qkv(tokens), tokens.num_prefix)
+    def leading_qkv(self, tokens: Tokens, count: int) -> QKV:
+        return leading_queries(self.qkv(tokens), count)
 
 
 class HFPadded(HFSiglip):

@@ -35,6 +35,7 @@ from evovit.backbones.hf_blocks import full
 from evovit.backbones.hf_trunk import HFTrunk, asked_for, check_version
 from evovit.backbones.timm_rope_blocks import rotate, rotation_table
 from evovit.errors import EvoViTError
+from evovit.ops.select import keep_leading
 from evovit.tokens import QKV, Tokens
 
 SIDE = 8  # merge blocks of an image's side where there is none: for checks, and the most an option may say
@@ -74,6 +75,9 @@ class PackedBlock(Block):
         """Return tokens (B, N, unit * C) as patches (B, N * unit, C)."""
         return x.reshape(x.shape[0], x.shape[1] * self.unit, -1)
 
+    def attention_input(self, tokens: Tokens) -> Tensor:
+        return self.block.norm1(self.patches(tokens.x)).reshape(tokens.x.shape)  # type: ignore[no-any-return]
+
     def qkv(self, tokens: Tokens) -> QKV:
         attn, (batch, count) = self.block.attn, tokens.index.shape
         y = attn.qkv(self.block.norm1(self.patches(tokens.x)))
@@ -95,6 +99,12 @@ class PackedBlock(Block):
         return torch.zeros(apart.shape, dtype=dtype, device=own.device).masked_fill(apart, -torch.inf)[
             :, None
         ]
+
+    def attend(
+        self, tokens: Tokens, bias: Tensor | None = None, asking: int | None = None
+    ) -> tuple[Tokens, QKV]:
+        after, qkv = super().attend(tokens, bias)  # `extra` holds the queries of all
+        return (after if asking is None else keep_leading(after, asking)), qkv
 
     def attention(
         self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None, mix: Mix | None = None

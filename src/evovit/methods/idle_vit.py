@@ -6,6 +6,7 @@ block unchanged and may be picked again in the next. Training gathers too, which
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor
 from evovit.backbones.base import BackboneSpec, Block
 from evovit.errors import check_count
 from evovit.methods import register
-from evovit.methods.base import Method, require_class_token
+from evovit.methods.base import Method, Ranking, ScheduledConfig, require_class_token
 from evovit.methods.selection import check_selection, patch_score
 from evovit.ops.distance import feature_distance, head_mean_attention, logit_divergence, token_cut
 from evovit.ops.score import class_logit_mean
@@ -56,7 +57,7 @@ class IdleViT(Method):
     example: ClassVar = {"start_block": 1, "group_length": 2}
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Method.Config):
+    class Config(ScheduledConfig):
         """Options of IdleViT; the defaults are those of the published cost and the released training."""
 
         keep_ratio: Ratio | tuple[Ratio, ...] = option(
@@ -83,9 +84,17 @@ class IdleViT(Method):
         check_count("start_block", config.start_block, 0, spec.depth - 1, "blocks count from 0")
         check_count("group_length", config.group_length, 1, spec.depth)
         self.learns_from_teacher = config.distill_weight > 0
-        ratios = per_block(config.keep_ratio, spec.depth, "keep_ratio")
+        self.plan(config)
+
+    def plan(self, config: Config) -> None:
+        depth = self.spec.depth
+        if config.keep_per_block is not None:
+            whole = math.prod(self.spec.grid)
+            self.schedule = KeepSchedule.from_counts(depth, config.keep_per_block, whole)
+            return
+        ratios = per_block(config.keep_ratio, depth, "keep_ratio")
         if not isinstance(config.keep_ratio, Sequence):
-            past = [number - config.start_block for number in range(spec.depth)]
+            past = [number - config.start_block for number in range(depth)]
             powers = [0 if n < 0 else n // config.group_length + 1 for n in past]
             ratios = tuple(config.keep_ratio**power for power in powers)
         check_start(ratios, config.start_block)
@@ -122,6 +131,12 @@ class IdleViT(Method):
             return tokens
         x = put(state.before, state.rows, tokens.x)
         return tokens.change(x=x, index=state.places, carry=Idle(cuts=state.cuts))
+
+    def ranking(self, block: Block, tokens: Tokens) -> Ranking | None:
+        tokens = self.finish(tokens)
+        if self.schedule.count(block.number, tokens.num_cells) is None:
+            return None
+        return Ranking(self.score(block.qkv(tokens), tokens, block), tokens.index)
 
     def token_cut(self, qkv: QKV, kept: Tensor, num_prefix: int) -> Tensor:
         """Return the token cut loss of one block; it needs the full attention matrix."""

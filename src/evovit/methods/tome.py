@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from evovit.backbones.base import BackboneSpec, Block
 from evovit.errors import EvoViTError, check_count
 from evovit.methods import register
-from evovit.methods.base import Method
+from evovit.methods.base import Method, ScheduledConfig, falling
 from evovit.ops.merge import match_tokens, merge_sizes, merge_tokens
 from evovit.ops.select import take
 from evovit.options import Number, option
+from evovit.schedule import KeepSchedule
 from evovit.tokens import Tokens
 
 
@@ -41,7 +43,7 @@ class ToMe(Method):
     example: ClassVar = {"r": 3}
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Method.Config):
+    class Config(ScheduledConfig):
         """Options of ToMe; every r is capped at half the patch tokens present."""
 
         r: Number | tuple[Number, ...] = option(
@@ -54,7 +56,20 @@ class ToMe(Method):
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        self.removed = removed_per_block(config.r, config.inflection, spec)
+        self.plan(config)
+
+    def plan(self, config: Config) -> None:
+        if config.keep_per_block is None:
+            self.removed = removed_per_block(config.r, config.inflection, self.spec)
+        else:
+            self.removed = merged_per_block(config.keep_per_block, self.spec)
+
+    def config_at(self, budget: float) -> Any:
+        """Return the options under which equal steps leave this share of the patch tokens at the end."""
+        if self.config.keep_per_block is not None:
+            return super().config_at(budget)
+        whole = math.prod(self.spec.grid)
+        return replace(self.config, r=round((1 - budget) * whole / self.spec.depth), inflection=0.0)
 
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
         tokens, qkv = block.attend(tokens, self.size_bias(tokens))
@@ -98,13 +113,13 @@ class ToMe(Method):
 
     def current_config(self) -> Any:
         most = math.prod(self.spec.grid)  # of the option; a block removes half of the tokens at most
-        now = {"r": tuple(min(removed, most) for removed in self.removed), "inflection": 0.0}
-        return self.config if self.reduction == 1 else replace(self.config, **now)
+        now: dict[str, Any] = {"r": tuple(min(removed, most) for removed in self.removed), "inflection": 0.0}
+        return self.config if self.reduction == 1 else replace(self.config, **now, keep_per_block=None)
 
     def set_reduction(self, share: float) -> None:
         self.reduction = share
-        full = removed_per_block(self.config.r, self.config.inflection, self.spec)
-        self.removed = tuple(int(share * removed) for removed in full)
+        self.plan(self.config)
+        self.removed = tuple(int(share * removed) for removed in self.removed)
 
 
 def unmerge(tokens: Tokens) -> Tokens:
@@ -115,6 +130,20 @@ def unmerge(tokens: Tokens) -> Tokens:
     index = torch.arange(source.shape[1], device=source.device).expand_as(source)
     x = torch.cat((tokens.prefix, take(tokens.patches, source)), dim=1)
     return tokens.change(x=x, index=index, size=None, carry=None)
+
+
+def merged_per_block(counts: Sequence[int], spec: BackboneSpec) -> tuple[int, ...]:
+    """Return how many tokens each block merges into others, from what each keeps."""
+    KeepSchedule.from_counts(spec.depth, counts, math.prod(spec.grid))  # refuses what is no schedule
+    falling(counts)
+    removed = tuple(before - after for before, after in pairwise((counts[0], *counts)))
+    for number, each in enumerate(removed):
+        if each > counts[number - 1] // 2 and number:
+            raise EvoViTError(
+                f"keep_per_block falls from {counts[number - 1]} to {counts[number]} at block {number}; "
+                "a block merges at most half of its tokens: spread it over more blocks."
+            )
+    return removed
 
 
 def removed_per_block(r: int | Sequence[int], inflection: float, spec: BackboneSpec) -> tuple[int, ...]:

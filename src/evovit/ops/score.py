@@ -48,7 +48,9 @@ def class_logit_mean(qkv: QKV, num_prefix: int) -> Tensor:
     return class_logits(qkv)[..., num_prefix:].mean(1).float()
 
 
-def attention_column_mean(qkv: QKV, num_prefix: int, count: int | None = None) -> Tensor:
+def attention_column_mean(
+    qkv: QKV, num_prefix: int, count: int | None = None, asking: Tensor | None = None
+) -> Tensor:
     """Return the attention each patch token receives, mean over heads and queries (Evo-ViT, table 4).
 
     For hosts without a class token. The column sums need every row, so the weights are formed one head at a
@@ -56,19 +58,20 @@ def attention_column_mean(qkv: QKV, num_prefix: int, count: int | None = None) -
 
     Args:
         count: N, the patch tokens asked for, from the first on; None: all.
+        asking: (B, P + N) 1 for queries that count; None: all do but padding.
 
     Returns:
         (B, N) float32, each in [0, 1].
     """
+    if asking is None and qkv.padding is not None:
+        asking = ~qkv.padding
     total = torch.zeros((), device=qkv.q.device)
     for head in range(qkv.q.shape[1]):
         logits = (qkv.q[:, head].float() * qkv.scale) @ qkv.k[:, head].float().transpose(-2, -1)  # (B, T, T)
         if qkv.bias is not None:
             logits = logits + qkv.bias[:, min(head, qkv.bias.shape[1] - 1)].float()
-        weights = logits.softmax(-1)
-        total = total + (
-            weights.mean(1) if qkv.padding is None else masked_mean(weights, ~qkv.padding)
-        )  # (B, T)
+        weights = logits.softmax(-1)  # (B, T, T)
+        total = total + (weights.mean(1) if asking is None else masked_mean(weights, asking))
     return total[:, _patches(num_prefix, count)] / qkv.q.shape[1]
 
 
@@ -106,6 +109,21 @@ def probe_attention(qkv: QKV, num_patches: int, count: int | None = None) -> Ten
         (B, N) float32, each in [0, 1].
     """
     return class_attention(qkv, qkv.k.shape[2] - num_patches, count)
+
+
+def representation_shift(before: Tensor, after: Tensor) -> Tensor:
+    """Return how far the FFN moves each token, (B, N) float32 (Representation Shift, Choi et al., ICCV 2025).
+
+    The L2 distance between the output of the FFN's branch and its input (eq. 4 to 6; the residual is not
+    added): || branch(x) - x ||, where the block gives x + branch(x), LayerScale and drop path of the host in
+    it. It needs neither attention weights nor a class token.
+
+    Args:
+        before: (B, N, C), patch tokens after attention.
+        after: (B, N, C), the same after the FFN.
+    """
+    distance: Tensor = torch.linalg.vector_norm(after.float() - 2 * before.float(), dim=-1)
+    return distance
 
 
 def running_score(old: Tensor | None, new: Tensor, trade_off: float | Tensor) -> Tensor:
