@@ -49,6 +49,13 @@ LAST = {  # options under which a method does in the last block what it does in 
     "idle_vit-column_mean": {"start_block": 1, "group_length": 1, "selection": "column_mean"},
     "keep": {"blocks": (1, 3)},
     "keep-column_mean": {"blocks": (1, 3), "selection": "column_mean"},
+    "ppt": {"r": 4, "blocks": (1, 3), "threshold": 1e-3},
+    "ppt-column_mean": {
+        "r": 4,
+        "blocks": (1, 3),
+        "selection": "column_mean",
+        "proportional_attention": False,
+    },
     "subsample": {"block": 3},
     "tome": {"r": (3, 3, 3, 3), "proportional_attention": False},
 }

@@ -24,8 +24,8 @@ from evovit.engines.proof import prove
 from evovit.errors import EvoViTError
 from evovit.methods import find_method, list_methods
 from evovit.models.levit_cls import LevitCls
-from evovit.ops.merge import match_tokens
-from evovit.ops.select import split_top
+from evovit.ops.merge import drop_where, match_tokens
+from evovit.ops.select import descending, split_top
 from tests.conftest import HOSTS, SIZE, disturb, make_host, pictures
 
 PREPARE: dict[str, Any] = {
@@ -118,7 +118,7 @@ def test_every_method_is_exported_to_openvino(method: str, tmp_path: Path) -> No
     ("to", "precision"),
     [("onnx", "fp16"), ("openvino", "fp16"), ("pt2", "fp16"), ("onnx", "int8"), ("openvino", "int8")],
 )
-@pytest.mark.parametrize("method", ["dense", "evo_vit", "tome", "dynamic_vit"])
+@pytest.mark.parametrize("method", ["dense", "evo_vit", "tome", "dynamic_vit", "ppt"])
 def test_lower_precisions_stay_near(method: str, to: str, precision: str, tmp_path: Path) -> None:
     ready(to)
     entry = export(reduced("vit", method), tmp_path, to, precision, calibration=pictures(32, seed=9))
@@ -135,13 +135,15 @@ def test_aotinductor_is_proven_too(method: str, tmp_path: Path) -> None:
 
 
 class Selecting(nn.Module):
-    """`split_top` and `match_tokens` alone."""
+    """What selects and matches, alone."""
 
     def forward(self, score: Tensor) -> tuple[Tensor, ...]:
         batch, num = score.shape[0], score.shape[2]
         split = split_top(score[:, 0], num // 2)
         match = match_tokens(score.reshape(batch, num, -1), num // 4, first=1)
-        return split.rows, split.kept, match.rows, match.moved
+        order = descending(score[:, 0])
+        some = drop_where(match, score[:, 0, :1] > 0, order)
+        return split.rows, split.kept, match.rows, match.moved, order, some.moved
 
 
 def tied_scores(seed: int) -> Tensor:

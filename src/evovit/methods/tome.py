@@ -6,70 +6,39 @@ size-weighted mean (section 3); attention counts a merged token as often as the 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
-from annotated_types import Ge, Le
-from torch import Tensor, nn
+from torch import Tensor
 
-from evovit.backbones.base import BackboneSpec, Block
-from evovit.errors import EvoViTError, check_count
+from evovit.backbones.base import Block
 from evovit.methods import register
-from evovit.methods.base import Method
-from evovit.ops.merge import match_tokens, merge_sizes, merge_tokens
-from evovit.ops.select import take
-from evovit.options import Number, option
+from evovit.methods.merging import CountedMerging
+from evovit.ops.merge import match_tokens
+from evovit.options import option
 from evovit.tokens import Tokens
 
 
-class Merged(NamedTuple):
-    """ToMe's state beside the tokens, once some have merged."""
-
-    source: Tensor  # (B, N at the start) int64, the row of the patch token that each grid cell is now part of
-
-
 @register("tome")
-class ToMe(Method):
+class ToMe(CountedMerging):
     """Token merging: the most similar patch tokens of each block become one."""
 
-    needs_class_token = False
-    merges = True
-    keep_all: ClassVar = {"r": 0}
     example: ClassVar = {"r": 3}
+    bounded = True
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Method.Config):
-        """Options of ToMe; every r is capped at half the patch tokens present."""
+    class Config(CountedMerging.Config):
+        """Options of ToMe."""
 
-        r: Number | tuple[Number, ...] = option(
-            8, "tokens REMOVED by each block; a list may end early, the rest is 0"
-        )
-        inflection: Annotated[float, Ge(-1), Le(1)] = option(
-            0.0, "-1 removes 2r in the first block, falling to 0 in the last; 1 the reverse"
-        )
         proportional_attention: bool = option(True, "false suits MAE models that were not trained with ToMe")
-
-    def __init__(self, config: Config, spec: BackboneSpec) -> None:
-        super().__init__(config, spec)
-        self.removed = removed_per_block(config.r, config.inflection, spec)
 
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
         tokens, qkv = block.attend(tokens, self.size_bias(tokens))
         removed = min(self.removed[block.number], tokens.num_patches // 2)
         return block.ffn(self.merge(tokens, qkv.k, removed) if removed > 0 else tokens)
 
-    def size_bias(self, tokens: Tokens) -> Tensor | None:
-        """Return log(size) of every key, (B, 1, 1, P + N): proportional attention (eq. 1), fused kernels."""
-        if tokens.size is None or not self.config.proportional_attention:
-            return None
-        bias = nn.functional.pad(tokens.size.log(), (tokens.num_prefix, 0))  # a prefix token counts once
-        return bias[:, None, None]
-
     def merge(self, tokens: Tokens, keys: Tensor, removed: int) -> Tokens:
-        """Merge `removed` patch tokens into others. A token keeps the grid position of the one merged into.
+        """Merge `removed` patch tokens into others.
 
         Rows alternate between the two sets from the first prefix token on, as in the paper, where the class
         token is the first row; prefix tokens themselves neither propose nor receive.
@@ -78,57 +47,4 @@ class ToMe(Method):
             keys: (B, H, P + N, D), of this block.
         """
         metric = keys[:, :, tokens.num_prefix :].mean(1)
-        match = match_tokens(metric, removed, first=tokens.num_prefix % 2)
-        size = torch.ones_like(tokens.index, dtype=torch.float32) if tokens.size is None else tokens.size
-        merged, share = merge_sizes(size, match)
-        patches, moved = merge_tokens(tokens.patches, share, match), match.moved
-        return tokens.change(
-            x=torch.cat((tokens.prefix, patches), dim=1),
-            index=tokens.index.gather(1, match.rows),
-            size=merged,
-            carry=Merged(moved.gather(1, tokens.carry.source) if tokens.carry else moved),
-        )
-
-    def finish(self, tokens: Tokens) -> Tokens:
-        """Give every grid cell its token: a head's mean of them is the size-weighted mean of ToMe."""
-        return unmerge(tokens)
-
-    def row_of_cell(self, tokens: Tokens, grid: tuple[int, int]) -> Tensor:
-        return tokens.carry.source if tokens.carry else super().row_of_cell(tokens, grid)
-
-    def current_config(self) -> Any:
-        most = math.prod(self.spec.grid)  # of the option; a block removes half of the tokens at most
-        now = {"r": tuple(min(removed, most) for removed in self.removed), "inflection": 0.0}
-        return self.config if self.reduction == 1 else replace(self.config, **now)
-
-    def set_reduction(self, share: float) -> None:
-        self.reduction = share
-        full = removed_per_block(self.config.r, self.config.inflection, self.spec)
-        self.removed = tuple(int(share * removed) for removed in full)
-
-
-def unmerge(tokens: Tokens) -> Tokens:
-    """Copy each merged token back to all the grid cells in it: N tokens in raster order again."""
-    if tokens.carry is None:
-        return tokens
-    source = tokens.carry.source
-    index = torch.arange(source.shape[1], device=source.device).expand_as(source)
-    x = torch.cat((tokens.prefix, take(tokens.patches, source)), dim=1)
-    return tokens.change(x=x, index=index, size=None, carry=None)
-
-
-def removed_per_block(r: int | Sequence[int], inflection: float, spec: BackboneSpec) -> tuple[int, ...]:
-    """Return how many tokens each block removes, before the cap (paper, appendix; released `parse_r`)."""
-    depth, most = spec.depth, math.prod(spec.grid)
-    if isinstance(r, Sequence):
-        if len(r) > depth or inflection != 0:
-            raise EvoViTError(
-                f"r lists {len(r)} values for {depth} blocks; give at most one each, no inflection."
-            )
-        for removed in r:
-            check_count("r", removed, 0, most)
-        return (*r, *(0,) * (depth - len(r)))
-    check_count("r", r, 0, most, "tokens removed by a block")
-    low = int(r * (1 - inflection))
-    step = (2 * r - 2 * low) / max(1, depth - 1)
-    return tuple(int(low + step * number) for number in range(depth))
+        return self.merge_by(tokens, match_tokens(metric, removed, first=tokens.num_prefix % 2))

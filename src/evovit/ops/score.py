@@ -8,6 +8,13 @@ from torch import Tensor
 from evovit.tokens import QKV
 
 
+def with_bias(qkv: QKV, bias: Tensor | None) -> QKV:
+    """Return what attention sees with a bias of the method's, (B, 1 or H, 1 or T, T), beside the host's."""
+    if bias is None:
+        return qkv
+    return qkv._replace(bias=bias if qkv.bias is None else qkv.bias + bias)
+
+
 def class_logits(qkv: QKV) -> Tensor:
     """Return the class token's attention logits to all tokens, (B, H, P + N), at least float32.
 
