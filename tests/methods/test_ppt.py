@@ -284,6 +284,13 @@ def test_reduction_can_start_late_and_ramp() -> None:
     assert [reduced.method.count(1, present) for present in (9, 8, 3, 2, 1, 0)] == [4, 4, 1, 1, 0, 0]
 
 
+def test_a_ramp_of_counts_is_read_by_the_reducing_blocks_in_turn() -> None:
+    """As released: the k-th of them takes the k-th entry of a ramp as long as the host is deep."""
+    method = PPT(PPT.Config(r=10, inflection=-1.0), SPEC)
+    assert [method.count(number, 196) for number in (3, 6, 9, 10)] == [20, 18, 16, 0]
+    assert [PPT(PPT.Config(r=(9, 5)), SPEC).count(number, 196) for number in (3, 6, 9)] == [9, 5, 0]
+
+
 def test_scores_have_no_gradient_and_values_have() -> None:
     q, k, v = (torch.randn(2, 2, 9, 4, requires_grad=True) for _ in range(3))
     score = PPT(PPT.Config(), SPEC).score(QKV(q, k, v, 1.0), 1)
