@@ -49,6 +49,9 @@ LAST = {  # options under which a method does in the last block what it does in 
     "idle_vit-column_mean": {"start_block": 1, "group_length": 1, "selection": "column_mean"},
     "keep": {"blocks": (1, 3)},
     "keep-column_mean": {"blocks": (1, 3), "selection": "column_mean"},
+    "mctf": {"r": 3, "blocks": (1, 3)},
+    "mctf-recompute": {"r": 3, "blocks": (1, 3), "ahead": "recompute"},
+    "mctf-off": {"r": 3, "blocks": (1, 3), "ahead": "off"},
     "pitome": {"r": (3, 3, 3, 3), "bipartite": "second_half"},
     "ppt": {"r": 4, "blocks": (1, 3), "threshold": 1e-3},
     "ppt-column_mean": {

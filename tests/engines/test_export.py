@@ -24,7 +24,8 @@ from evovit.engines.proof import prove
 from evovit.errors import EvoViTError
 from evovit.methods import find_method, list_methods
 from evovit.models.levit_cls import LevitCls
-from evovit.ops.merge import drop_where, match_tokens
+from evovit.ops.fusion import Fusion
+from evovit.ops.merge import drop_where, match_both_ways, match_tokens
 from evovit.ops.select import descending, split_top
 from tests.conftest import HOSTS, SIZE, disturb, make_host, pictures
 
@@ -132,7 +133,7 @@ def test_lower_precisions_stay_near(method: str, to: str, precision: str, tmp_pa
     ("to", "precision"),
     [("onnx", "fp16"), ("openvino", "fp16"), ("pt2", "fp16"), ("onnx", "int8"), ("openvino", "int8")],
 )
-@pytest.mark.parametrize("method", ["pitome"])
+@pytest.mark.parametrize("method", ["pitome", "mctf"])
 def test_lower_precisions_of_methods_that_split_tokens_by_rank(
     method: str, to: str, precision: str, tmp_path: Path
 ) -> None:
@@ -159,8 +160,9 @@ class Selecting(nn.Module):
         split = split_top(score[:, 0], num // 2)
         match = match_tokens(score.reshape(batch, num, -1), num // 4, first=1)
         order = descending(score[:, 0])
+        both = Fusion(match_both_ways(score[:, :, :8], 5, first=1), None)
         some = drop_where(match, score[:, 0, :1] > 0, order)
-        return split.rows, split.kept, match.rows, match.moved, order, some.moved
+        return split.rows, split.kept, match.rows, match.moved, order, both.moved, some.moved
 
 
 def tied_scores(seed: int) -> Tensor:

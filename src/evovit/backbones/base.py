@@ -62,6 +62,14 @@ class Block(ABC):
         """
         return take_qkv(scored, rows)
 
+    def queries_keys(self, tokens: Tokens) -> QKV:
+        """Return queries and keys of all, which is enough for the attention map; default: `qkv`."""
+        return self.qkv(tokens)
+
+    def values(self, tokens: Tokens) -> QKV:
+        """Return values (and `extra`) of all, for `attention` with a `mix` of its own; default: `qkv`."""
+        return self.qkv(tokens)
+
     def prefix_qkv(self, tokens: Tokens) -> QKV:
         """Return queries (and `extra`) of the prefix, keys and values of all; default: rows of `qkv`."""
         return prefix_queries(self.qkv(tokens), tokens.num_prefix)

@@ -36,6 +36,12 @@ class PrefixBlock(Block):
     def qkv_of_rows(self, active: Tokens, scored: QKV, rows: Tensor) -> QKV:
         return self.block.qkv_of_rows(active, scored, rows)
 
+    def queries_keys(self, tokens: Tokens) -> QKV:
+        return self.block.queries_keys(tokens)
+
+    def values(self, tokens: Tokens) -> QKV:
+        return self.block.values(tokens)
+
     def prefix_qkv(self, tokens: Tokens) -> QKV:
         return self.block.prefix_qkv(tokens)
 

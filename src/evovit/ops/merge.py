@@ -131,6 +131,30 @@ def match_by(weight: Tensor, removed: int, first: int) -> Match:
     return join(best.stay * 2 + first, second, best.sources * 2 + first, best.joined)
 
 
+def match_both_ways(weight: Tensor, removed: int, first: int) -> list[Match]:
+    """Match the pairs of highest weight: half of `removed` from the first set, then the rest from the other.
+
+    The second match is of the tokens that the first leaves; sources of both may end in one token. Tokens of
+    the first set come first and ascend, those of the other fall by their best weight (MCTF, section 3.2).
+
+    Args:
+        weight: (B, A, M) float32 between the two sets, which take turns.
+        removed: 1 <= removed <= (A + M) // 2.
+        first: 0 or 1, first row of the first set.
+    """
+    batch, num = weight.shape[0], weight.shape[1] + weight.shape[2]
+    places = torch.arange(num, device=weight.device).expand(batch, num)
+    ours, theirs, half = places[:, first::2], places[:, 1 - first :: 2], removed // 2
+    matches: list[Match] = []
+    if half > 0:
+        best = propose(weight, half)
+        matches.append(join(ours.gather(1, best.stay), theirs, ours.gather(1, best.sources), best.joined))
+        weight = take(weight, best.stay)  # those that merged propose and receive no more
+        ours, theirs = places[:, : weight.shape[1]], places[:, weight.shape[1] : num - half]
+    back = propose(weight.transpose(1, 2), removed - half, in_order=True)
+    stay, sources = theirs.gather(1, back.stay), theirs.gather(1, back.sources)
+    return [*matches, join(stay, ours, sources, back.joined, targets_first=True)]
+
 
 def rank(best: Tensor, removed: int) -> tuple[Tensor, Tensor]:
     """Return the rows (B, R) of the `removed` best proposals and of the others, (B, N - M - R) ascending.
@@ -190,6 +214,16 @@ def merge_tokens(x: Tensor, share: Tensor, match: Match) -> Tensor:
     before, targets, after, sources = parted(x, match)
     return whole(before, targets + match.joins.to(x.dtype) @ sources, after)
 
+
+def merge_largest(x: Tensor, match: Match) -> Tensor:
+    """Return the tokens left, (B, N - R, C): a target becomes the largest of all that join it, by channel.
+
+    Args:
+        x: (B, N, C).
+    """
+    before, targets, after, sources = parted(take(x, match.order), match)
+    of_sources = sources.unsqueeze(1).masked_fill(~match.joins.unsqueeze(-1), -torch.inf)  # (B, M, R, C)
+    return whole(before, torch.maximum(targets, of_sources.amax(2)), after)
 
 
 def parted(x: Tensor, match: Match) -> Sequence[Tensor]:

@@ -95,3 +95,12 @@ def random_score(index: Tensor, salt: int | None) -> Tensor:
     mixed = ((mixed ^ (mixed >> 15)) * 2246822519) & 0xFFFFFFFF
     mixed = ((mixed ^ (mixed >> 13)) * 3266489917) & 0xFFFFFF
     return mixed.float() / 0x1000000
+
+
+def attention_map(qkv: QKV) -> Tensor:
+    """Return the attention weights, (B, H, T, T), at least float32, for methods that need the matrix."""
+    kind = "cpu" if qkv.q.is_meta else qkv.q.device.type  # autocast knows no meta device
+    q, k = (x if x.dtype == torch.float64 else x.float() for x in (qkv.q, qkv.k))
+    with torch.autocast(kind, enabled=False):
+        logits = (q * qkv.scale) @ k.transpose(-2, -1)
+    return (logits if qkv.bias is None else logits + qkv.bias).softmax(-1)
