@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from itertools import product
 from typing import Any
 
@@ -143,7 +144,8 @@ def test_a_level_norms_over_channels_at_each_place() -> None:
 
 def test_wrong_pyramids_are_refused() -> None:
     net = evovit.features(reduced_vit("dense"), 1)
-    for scales in ((), (3,), (1, 1.0)):
+    wrong: list[Any] = [(), (3,), (1, 1.0), 4, "4", None, [[1]], [True], {1: 2}, [math.nan]]
+    for scales in wrong:
         with pytest.raises(evovit.EvoViTError, match=r"scales is .*; list some of 4.0, 2.0, 1.0 or 0.5"):
             evovit.SimplePyramid(net, scales=scales)
     with pytest.raises(evovit.EvoViTError, match=r"what evovit.features returns"):

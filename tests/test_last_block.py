@@ -47,6 +47,9 @@ LAST = {  # options under which a method does in the last block what it does in 
     "evo_vit-pruned": {"start_block": 1, "fast_update": False, "preserve": False, "rejoin_last": False},
     "idle_vit": {"start_block": 3},
     "idle_vit-column_mean": {"start_block": 1, "group_length": 1, "selection": "column_mean"},
+    "evit-shift": {"blocks": (1, 3), "selection": "shift"},
+    "evo_vit-shift": {"start_block": 1, "mode": "layer", "selection": "shift"},
+    "keep-shift": {"blocks": (1, 3), "selection": "shift"},
     "keep": {"blocks": (1, 3)},
     "keep-column_mean": {"blocks": (1, 3), "selection": "column_mean"},
     "mctf": {"r": 3, "blocks": (1, 3)},
@@ -299,11 +302,11 @@ def test_a_head_said_to_read_the_prefix_alone_is_proven_to() -> None:
 
 
 def test_wrong_queries_of_the_prefix_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def swapped(self: PreNormBlock, tokens: Tokens) -> QKV:
+    def swapped(self: PreNormBlock, tokens: Tokens, count: int) -> QKV:
         qkv = self.qkv(tokens)
         return qkv._replace(q=qkv.q[:, :, 1:2])
 
-    monkeypatch.setattr(PreNormBlock, "prefix_qkv", swapped)
+    monkeypatch.setattr(PreNormBlock, "leading_qkv", swapped)
     with pytest.raises(evovit.EvoViTError, match="not reproduced exactly"):
         check_adapter(make_host("vit"))
 

@@ -43,19 +43,19 @@ def test_lists_of_any_kind_are_tuples(value: Any) -> None:
 
 @pytest.mark.parametrize("text", ["False", "false"])
 def test_false_drops_and_other_words_are_refused_wherever_they_are_said(text: str, tmp_path: Path) -> None:
-    """`method.fuse=False` once fused."""
-    path = tmp_path / "recipe.toml"
-    path.write_text(parse_recipe(TABLES | {"method": {"name": "evit"}}).to_toml())
-    assert read_recipe(path, [f"method.fuse={text}"]).method.options["fuse"] is False
-    (variant,) = parse_variants([f"evit:fuse={text}"], ())
-    assert variant.options == {"fuse": False}
+    """`method.preserve=False` once preserved."""
+    path, name = tmp_path / "recipe.toml", "preserve"
+    path.write_text(parse_recipe(TABLES | {"method": {"name": "evo_vit"}}).to_toml())
+    assert read_recipe(path, [f"method.{name}={text}"]).method.options[name] is False
+    (variant,) = parse_variants([f"evo_vit:{name}={text}"], ())
+    assert variant.options == {name: False}
     for refused in (
-        lambda: read_recipe(path, ["method.fuse=no"]),
-        lambda: parse_variants(["evit:fuse=no"], ()),
-        lambda: evovit.reduce_tokens(make_host("vit"), "evit", fuse="no"),
-        lambda: parse_recipe(TABLES | {"method": {"name": "evit", "fuse": "no"}}),
+        lambda: read_recipe(path, [f"method.{name}=no"]),
+        lambda: parse_variants([f"evo_vit:{name}=no"], ()),
+        lambda: evovit.reduce_tokens(make_host("vit"), "evo_vit", preserve="no"),
+        lambda: parse_recipe(TABLES | {"method": {"name": "evo_vit", name: "no"}}),
     ):
-        with pytest.raises(EvoViTError, match="fuse is 'no'; allowed is true or false"):
+        with pytest.raises(EvoViTError, match="preserve is 'no'; allowed is true or false"):
             refused()
 
 

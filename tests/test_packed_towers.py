@@ -91,6 +91,7 @@ def test_a_packed_tower_in_its_place(name: str) -> None:
             evovit.restore_tower(model)
         fewer = {"evo_vit": REDUCES, "idle_vit": MASS | {"keep_ratio": 0.5}, "tome": {"r": 2}}
         fewer |= {"pitome": {"r": 2}, "ppt": MASS | {"blocks": (1,), "r": 2, "threshold": 1.0}}
+        fewer["ats"] = {"selection": "column_mean", "blocks": (1,)}
         for method, options in fewer.items():
             evovit.reduce_tower(model, method, **options)
             found = model.model.visual(given["pixel_values"], grid_thw=SIZES)
@@ -183,8 +184,33 @@ def test_what_is_refused() -> None:
         evovit.reduce_tower(model, "evo_vit", **REDUCES, preserve=False, fast_update=False)
     with pytest.raises(EvoViTError, match="needs a class token"):
         evovit.reduce_tower(model, "evit", blocks=(1,))
+    with pytest.raises(EvoViTError, match="leaves 16 of 64 patch tokens"):
+        evovit.reduce_tower(model, "subsample", block=1)
+    with pytest.raises(EvoViTError, match="leaves 6 of 24 merge blocks"):
+        evovit.reduce_tokens(tower, "subsample", block=1)(patches(SIZES), grid_thw=SIZES)
     reduced = evovit.reduce_tokens(tower, "evo_vit", **REDUCES)
     with pytest.raises(EvoViTError, match="cu_seqlens: a reduced Qwen3VLVisionModel cannot honour"):
         reduced(patches(SIZES), grid_thw=SIZES, cu_seqlens=torch.tensor([0, 96, 120]))
     with pytest.raises(EvoViTError, match="gives its taps and its end alone"):
         reduced(patches(SIZES), grid_thw=SIZES, output_hidden_states=True)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_merge_block_has_the_mean_length_of_its_patches_keys(name: str) -> None:
+    from evovit.ops.score import key_norm
+
+    tower: Any = make(name).model.visual
+    backbone: Any = adapt(tower)
+    with torch.no_grad():
+        tokens = backbone.embed(torch.randn(2, backbone.image_shape[0], 2, 8))
+        block = backbone.stages()[0].blocks[1]
+        attn, x = tower.blocks[1].attn, tower.blocks[1].norm1(block.patches(tokens.x))
+        keys = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1))[:, :, 1]  # turning changes no length
+        length = keys.norm(dim=-1).mean(-1).unflatten(1, (16, 4)).mean(-1)
+        expected = length / length.sum(1, keepdim=True)
+        assert torch.allclose(key_norm(block.qkv(tokens), 0), expected, rtol=1e-4)
+        for method, options in (("evo_vit", {"start_block": 1}), ("idle_vit", {"keep_ratio": 0.5})):
+            evovit.reduce_tower(model := make(name), method, selection="key_norm", **options)
+            assert model(**question()).logits.isfinite().all()
+    with pytest.raises(EvoViTError, match="selection='probe' needs a head"):
+        evovit.reduce_tower(make(name), "evo_vit", start_block=1, selection="probe")

@@ -257,7 +257,7 @@ def test_a_stage_that_is_not_there_is_refused(stage: Any) -> None:
     [
         *[("num_classes", -1), ("num_classes", "x"), ("img_size", 0), ("img_size", "x"), ("img_size", (32,))],
         *[("in_chans", 0), ("depth", -1), ("embed_dim", 0), ("num_heads", -1), ("mlp_ratio", 0), ("foo", 1)],
-        *[("drop_path_rate", 2), ("img_size", True), ("num_classes", 2**40)],
+        *[("drop_path_rate", 2), ("img_size", True), ("num_classes", 2**40), ("mlp_ratio", 10**9)],
     ],
 )
 def test_arguments_of_a_named_model_are_checked(name: str, key: str, value: Any) -> None:
@@ -267,6 +267,20 @@ def test_arguments_of_a_named_model_are_checked(name: str, key: str, value: Any)
 @pytest.mark.parametrize("name", [None, 3, ["sit_tiny"], {}, "deit_tiny_patch16_224", "\x00"], ids=range(6))
 def test_a_model_is_named_by_a_known_word(name: Any) -> None:
     refused(lambda: evovit.create_model(name), "There is no model")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("vit_tiny_patch16_224", {"reg_tokens": 10**9}, "reg_tokens is 1000000000; allowed is"),
+        ("vit_tiny_patch16_224", {"init_values": []}, "init_values is "),
+        ("small_vit.in1k", {}, "small_vit has no weights to choose; leave .in1k out"),
+    ],
+)
+def test_arguments_of_a_host_are_checked(name: str, options: dict[str, Any], told: str) -> None:
+    from evovit.hosts import create_host
+
+    refused(lambda: create_host(name, options), told)
 
 
 # files of tensors

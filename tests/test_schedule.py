@@ -75,3 +75,25 @@ def test_stages_are_counted_from_the_first_reducing_block() -> None:
 def test_a_multiple_out_of_range_is_refused() -> None:
     with pytest.raises(EvoViTError, match="multiple_of is 0; allowed is a whole number from 1 to 256"):
         EvoViT.Config(multiple_of=0)
+
+
+@pytest.mark.parametrize("whole", [16, 49, 196, 197, 576])
+def test_counts_per_block_come_back_as_they_were_given(whole: int) -> None:
+    counts = (whole, *(max(1, whole * share // 100) for share in (100, 71, 71, 33, 7, 1)))
+    schedule = KeepSchedule.from_counts(7, counts, whole)
+    assert schedule.counts(whole) == counts
+    assert schedule.start == next(i for i, count in enumerate(counts) if count < whole)
+
+
+def test_a_stage_begins_where_the_count_changes() -> None:
+    schedule = KeepSchedule.from_counts(9, (16, 16, 8, 8, 8, 8, 8, 4, 4), 16)
+    assert [number for number in range(9) if schedule.starts_stage(number, 4)] == [0, 1, 2, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [((16, 8), "one each"), ((8, 8, 8), "block 0"), ((16, 0, 4), "1 to 16"), ((16, 17, 4), "1 to 16")],
+)
+def test_counts_that_are_no_schedule_are_one_sentence(counts: tuple[int, ...], words: str) -> None:
+    with pytest.raises(EvoViTError, match=words):
+        KeepSchedule.from_counts(3, counts, 16)

@@ -132,7 +132,8 @@ def test_a_tower_in_its_place(name: str) -> None:
             evovit.reduce_tower(model, method, **kept)
             assert (model(**given).logits - expected).abs().max() <= EXACT * expected.abs().max()
             evovit.restore_tower(model)
-        for method, fewer in (("evo_vit", REDUCES | options), ("tome", {"r": 3})):
+        sampled = {"blocks": (1,)} | {k: v for k, v in options.items() if k == "selection"}
+        for method, fewer in (("evo_vit", REDUCES | options), ("tome", {"r": 3}), ("ats", sampled)):
             reduced = evovit.reduce_tower(model, method, **fewer)
             assert set(model.state_dict()) == names
             found = model(**given).logits
@@ -169,6 +170,14 @@ def test_padding_of_a_smaller_image_is_seen_by_no_token() -> None:
         assert (again - seen).abs().max() <= 1e-4 * seen.abs().max()
 
 
+@pytest.mark.parametrize("mask", ["all", torch.ones(2, 3, 3), torch.ones(2, 16)])
+def test_a_mask_that_does_not_fit_is_one_sentence(mask: Any) -> None:
+    model, _, options = make_vlm("smolvlm")
+    reduced = evovit.reduce_tower(model, "evo_vit", **KEEPS, **options)
+    with pytest.raises(EvoViTError, match=r"patch_attention_mask is .* give a tensor \(2, 4, 4\)"):
+        reduced(torch.zeros(2, 3, 32, 32), patch_attention_mask=mask)
+
+
 def test_a_dual_encoder_keeps_its_text() -> None:
     config = make_config(transformers.SiglipConfig)
     model = make_hf(transformers.SiglipModel, config)
@@ -203,6 +212,7 @@ def test_a_reduced_tower_trains_copies_and_pickles() -> None:
     [
         ("evit", {"blocks": (1,)}, r"leaves \d+ of 16 patch tokens, and the model around"),
         ("keep", {"blocks": (1,)}, r"leaves \d+ of 16"),
+        ("subsample", {"block": 1}, r"leaves 4 of 16"),
         ("evo_vit", REDUCES | {"preserve": False, "fast_update": False}, r"leaves \d+ of 16"),
         ("evo_vit", REDUCES | {"assisted_head": True}, "parameters of its own"),
         ("dynamic_vit", {"blocks": (1,)}, "parameters of its own"),

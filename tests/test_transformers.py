@@ -230,3 +230,66 @@ def test_lora_adapts_a_reduced_model() -> None:
     loss: Tensor = adapted(pixel_values=pictures(), labels=torch.tensor([1, 2])).loss
     loss.backward()
     assert any(p.grad is not None for name, p in adapted.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("ViTForImageClassification", "DeiTForImageClassificationWithTeacher"),
+        *("Dinov2ForImageClassification", "SiglipForImageClassification", "BeitForImageClassification"),
+    ],
+)
+def test_a_fresh_classifier(name: str) -> None:
+    model: Any = make(name)
+    fitting = {"selection": "key_norm"} if "Siglip" in name else {"assisted_head": True}
+    reduced = evovit.reduce_tokens(model, "evo_vit", start_block=1, stage_length=2, **fitting)
+    heads = reduced.get_classifier()
+    first = heads[0] if isinstance(heads, tuple) else heads
+    assert first.out_features == 5 and len(heads if isinstance(heads, tuple) else (heads,)) == 1 + (
+        "Teacher" in name
+    )
+    inputs, others = first.in_features, {k: v for k, v in model.state_dict().items() if "classifier" not in k}
+    for count in (3, 0, 7):
+        torch.manual_seed(0)
+        reduced.reset_classifier(count)
+        assert reduced.num_classes == model.config.num_labels == model.num_labels == count
+        logits = reduced(pictures()).logits
+        assert logits.shape == (2, count or inputs)
+    classifier = reduced.get_classifier()
+    classifier = classifier[0] if isinstance(classifier, tuple) else classifier
+    assert classifier.weight.shape == (7, inputs) and classifier.weight.std() > 0
+    assert classifier.weight.requires_grad and not classifier.weight.is_meta
+    assert all(torch.equal(value, others[key]) for key, value in model.state_dict().items() if key in others)
+    if "Teacher" not in name:
+        assert reduced(pictures(), labels=torch.tensor([6, 0])).loss.isfinite()
+    assert len(model.config.id2label) == 7
+    with pytest.raises(EvoViTError, match="global_pool is 'avg'"):
+        reduced.reset_classifier(3, "avg")
+    with pytest.raises(EvoViTError, match="num_classes is -1"):
+        reduced.reset_classifier(-1)
+
+
+@pytest.mark.parametrize("name", ["ViTModel", "BeitForSemanticSegmentation", "CLIPVisionModelWithProjection"])
+def test_a_host_without_classifier_says_so(name: str) -> None:
+    reduced = evovit.reduce_tokens(make(name), "evo_vit", start_block=1)
+    with pytest.raises(EvoViTError, match="has no classifier; wrap a class that has one"):
+        reduced.get_classifier()
+    with pytest.raises(EvoViTError, match="has no classifier; wrap a class that has one"):
+        reduced.reset_classifier(3)
+    with pytest.raises(EvoViTError, match="has no group_matcher"):
+        reduced.group_matcher()
+
+
+@RENAMED
+@pytest.mark.filterwarnings("ignore:.*ensure_weight_tying:UserWarning")
+def test_a_classifier_that_peft_trains_is_left_to_peft() -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"])
+    adapted = peft.get_peft_model(make("ViTForImageClassification"), lora)
+    reduced = evovit.reduce_tokens(adapted, "evo_vit", start_block=1)
+    with pytest.raises(EvoViTError, match="classifier is a ModulesToSaveWrapper"):
+        reduced.reset_classifier(3)
+    plain = peft.get_peft_model(make("ViTForImageClassification"), peft.LoraConfig(target_modules=["q_proj"]))
+    reduced = evovit.reduce_tokens(plain, "evo_vit", start_block=1)
+    reduced.reset_classifier(3)
+    assert reduced(pictures()).logits.shape == (2, 3)

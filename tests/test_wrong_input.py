@@ -55,6 +55,8 @@ def test_odd_arguments(value: Any, tmp_path: Path) -> None:
     reduced = evovit.reduce_tokens(make_host("vit"), start_block=1)
     evovit.save_reduced(reduced, tmp_path / "saved")
     refused(lambda: evovit.reduce_tokens(make_host("vit"), value))
+    if not isinstance(value, bool):
+        refused(lambda: evovit.reduce_tokens(make_host("vit"), "dense", verify=value))
     refused(lambda: evovit.create_model(value))
     refused(lambda: evovit.load_official(value, {}))
     refused(lambda: evovit.load_official("evit", value))

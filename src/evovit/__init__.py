@@ -10,14 +10,18 @@ Model road: image -> tokens -> score -> select -> update -> head
   schedule     how many tokens each block keeps
   backbones    one host family a file: embed, stages of block views, norm, head; check_adapter proves it
   methods      one paper a file; the registry
+  budgets      one model at several keep ratios
   intermediates  features after chosen blocks, by timm's contract; missing cells restored
   model        ReducedViT, the loop; reduce_tokens, the door
+  calibration  static masks found on unlabelled images
   towers       reduced vision models in their places inside larger ones
   feature_maps  a reduced model as a backbone of maps; the pyramid of ViTDet; how old each cell is
   models       named models, also in timm's registry
   macs         multiply-accumulates of one image
   fuse         batch norms folded into the layers beside them
+  slimming     heads and channels masked in training, then removed for good
   visualize    which patches were kept, as masks and pictures
+  analyse      what each block attends to, computes alike and keeps: figures 2, 4 and 5
 
 Run road: recipe -> numbers
   runtime      files, processes, seeds, environment
@@ -28,6 +32,7 @@ Run road: recipe -> numbers
   engines      a model written for ONNX Runtime, OpenVINO or PyTorch's own, proven against eager
   bench        how fast: dense and reduced timed in turn
   train        the training of one recipe: build, objective, loop, checkpoints, records
+  tuning       a wished speed to a schedule: latency and sensitivity tables, search
   study        several recipes trained, tested and timed side by side
   report       tables, plots and pages
   commands     one file a command
@@ -45,6 +50,7 @@ import wrapt
 if TYPE_CHECKING:
     from evovit.backbones import check_adapter as check_adapter
     from evovit.backbones import list_hosts as list_hosts
+    from evovit.calibration import calibrate as calibrate
     from evovit.checkpoints.official import load_official as load_official
     from evovit.checkpoints.reduced import load_reduced as load_reduced
     from evovit.checkpoints.reduced import save_reduced as save_reduced
@@ -62,10 +68,13 @@ if TYPE_CHECKING:
     from evovit.model import reduce_tokens as reduce_tokens
     from evovit.models import create_model as create_model
     from evovit.models import list_models as list_models
+    from evovit.slimming import StructuredMasks as StructuredMasks
+    from evovit.slimming import slim as slim
     from evovit.tokens import Outputs as Outputs
     from evovit.towers import reduce_tower as reduce_tower
     from evovit.towers import restore_tower as restore_tower
     from evovit.train.run import train_recipe as train_recipe
+    from evovit.tuning.tune import tune as tune
     from evovit.visualize import kept_patches as kept_patches
 
 _HOMES = {  # a name is imported from its module when it is first asked for
@@ -74,6 +83,8 @@ _HOMES = {  # a name is imported from its module when it is first asked for
     "Outputs": "tokens",
     "ReducedViT": "model",
     "SimplePyramid": "feature_maps",
+    "StructuredMasks": "slimming",
+    "calibrate": "calibration",
     "check_adapter": "backbones",
     "create_model": "models",
     "digit_scenes": "data.digits",
@@ -91,8 +102,10 @@ _HOMES = {  # a name is imported from its module when it is first asked for
     "reduce_tower": "towers",
     "restore_tower": "towers",
     "save_reduced": "checkpoints.reduced",
+    "slim": "slimming",
     "stale_share": "feature_maps",
     "train_recipe": "train.run",
+    "tune": "tuning.tune",
 }
 __all__ = [*_HOMES, "__version__"]
 

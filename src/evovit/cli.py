@@ -18,7 +18,10 @@ COMMANDS = {
     "quickstart": "train a small ViT and the same as Evo-ViT on built-in digits, in minutes",
     "bench": "time a model and reduced versions of it, in turn",
     "eval": "test a model or a run on images, dense and reduced",
+    "calibrate": "find the patches a model can do without, on unlabelled images",
     "export": "write a model for ONNX Runtime, OpenVINO or PyTorch, and prove the file",
+    "tune": "say how fast; the schedule with the least damage is searched and measured",
+    "analyse": "show what a model attends to and keeps: the paper's figures 2, 4 and 5",
     "train": "train a recipe; the same command again goes on where it stopped",
     "compare": "train recipes under equal budgets and lay them side by side",
     "report": "lay finished runs side by side",
@@ -26,7 +29,7 @@ COMMANDS = {
     "methods": "list the token-reduction methods, or describe one",
     "options": "list every option of recipes and methods",
 }
-GO_ON = ("quickstart", "train", "compare")  # given again, they go on where they stopped
+GO_ON = ("quickstart", "train", "compare", "tune")  # given again, they go on where they stopped
 
 
 def usage() -> str:

@@ -118,6 +118,13 @@ def _whole(value: Any) -> int | None:
         return None
 
 
+def check_ratio(name: str, value: Any) -> float:
+    """Return a keep ratio, above 0 and at most 1; raise `EvoViTError` for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise EvoViTError(f"{name} is {shown(value)}; allowed is a number above 0, at most 1.")
+    return float(value)
+
+
 def check_kind(name: str, value: Any, kind: type[Kind], give: str) -> Kind:
     """Return a value of a class; raise `EvoViTError`, with what to give instead, for any other."""
     if not isinstance(value, kind):

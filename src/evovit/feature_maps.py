@@ -90,7 +90,10 @@ class SimplePyramid(nn.Module):
         check_count("channels", channels, 1, 65536)
         if backbone.options["output_fmt"] != "NCHW":
             raise EvoViTError("The backbone gives no images; make it with output_fmt='NCHW'.")
-        if not scales or not set(scales) <= set(SCALES) or len(set(scales)) < len(list(scales)):
+        known = isinstance(scales, list | tuple) and all(
+            type(s) in (int, float) and s in SCALES for s in scales
+        )
+        if not known or not scales or len(set(scales)) < len(scales):
             raise EvoViTError(f"scales is {shown(scales)}; list some of {listed(SCALES)}, each once.")
         self.backbone, self.out_channels = backbone, channels
         dim, stride = backbone.feature_info.channels()[-1], backbone.feature_info.reduction()[-1]

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from evovit.backbones import Backbone, adapt, check_adapter, read_host
 from evovit.backbones.base import Stage, is_hooked
 from evovit.backbones.prefix import with_prefix_block
-from evovit.errors import EvoViTError, check_choice, check_count, shown
+from evovit.budgets import Statistics, check_budgets, running
+from evovit.errors import EvoViTError, check_choice, check_count, check_kind, check_ratio, listed, shown
 from evovit.intermediates import feature_info, forward_intermediates, prune, refuse_masks
 from evovit.methods import build_config, find_method, find_method_of
 from evovit.methods.base import Method
@@ -34,15 +35,30 @@ class ReducedViT(nn.Module):
         last_block: "prefix" leaves out what cannot reach the logits: called in evaluation, where the head
             reads prefix tokens alone, the last block computes their rows only. Same logits up to rounding.
             Training, `run`, features and heads that read patch tokens are as with "all".
+        budgets: keep ratios between which `budget` switches; batch norms then have statistics of each.
     """
 
     model: nn.Module
     method: Method
     base_model_prefix = "model"  # what transformers calls the attribute of the model inside
 
-    def __init__(self, model: nn.Module, method: Method, last_block: LastBlock = "prefix") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        last_block: LastBlock = "prefix",
+        budgets: Sequence[float] = (),
+    ) -> None:
         super().__init__()
         self.model, self.method, self.last_block = model, method, last_block
+        self._budget: float | None = None
+        self.budgets = check_budgets(budgets)
+        for budget in self.budgets:
+            method.config_at(budget)  # refuses a method that has none
+        separate = bool(self.budgets) and bool(running(model))
+        self.statistics = Statistics(model, len(self.budgets)) if separate else None
+        if self.budgets:
+            self.budget = self.budgets[0]
         self.training = model.training  # each module of the host keeps its own mode
         method.train(model.training)
         asked = (getattr(part, "gradient_checkpointing", False) for part in model.modules())  # transformers
@@ -185,6 +201,44 @@ class ReducedViT(nn.Module):
         check_choice("last_block", value, get_args(LastBlock))
         self._last_block = value
 
+    @property
+    def budget(self) -> float | None:
+        """The keep ratio in force instead of the method's own; None: the method's own.
+
+        May be set at any time, to one of `budgets` where there are such: nothing is built again.
+        """
+        return self._budget
+
+    @budget.setter
+    def budget(self, value: float | None) -> None:
+        if value is not None:
+            value = check_ratio("budget", value)
+        if self.budgets and value not in self.budgets:
+            raise EvoViTError(f"budget is {shown(value)}; this model's are {listed(self.budgets)}.")
+        self.method.set_budget(value)
+        if self.statistics is not None and None not in (old := self._budget, value):
+            self.statistics.switch(self.model, self.budgets.index(old), self.budgets.index(value))
+        self._budget = value
+
+    def warm_budgets(self, images: Tensor | None = None, run: Callable[[Tensor], Any] | None = None) -> None:
+        """Run each of `budgets` once, so that compiled code is there before it is needed.
+
+        Call it as the model will be called: under `torch.inference_mode()`, for example, if that is so.
+
+        Args:
+            images: of the size and number to come; default: one blank image.
+            run: the model from `torch.compile(reduced)`; default: this one, after `reduced.compile()`.
+        """
+        if images is None:
+            with torch.inference_mode(False):  # compiled code tells such tensors from others
+                shape = adapt(self.model).image_shape
+                images = torch.zeros(1, *shape, device=self.device, dtype=self.dtype)
+        before = self.budget
+        for budget in self.budgets:
+            self.budget = budget
+            (self if run is None else run)(images)
+        self.budget = before
+
     def forward_intermediates(
         self,
         x: Tensor,
@@ -249,12 +303,12 @@ class ReducedViT(nn.Module):
 
     def get_classifier(self) -> Any:
         """Return the host's classifier."""
-        return self.host.get_classifier()
+        return adapt(self.model).classifier()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give host and method a fresh head for `num_classes`."""
         check_count("num_classes", num_classes, 0, MOST)
-        self.host.reset_classifier(num_classes, global_pool)
+        adapt(self.model).reset_classifier(num_classes, global_pool)
         self.method.reset_classifier(num_classes)
 
     def no_weight_decay(self) -> set[str]:
@@ -270,6 +324,11 @@ class ReducedViT(nn.Module):
                 return "|".join(f"^model\\.{part.removeprefix('^')}" for part in pattern.split("|"))
             return [(prefixed(part), order) for part, order in pattern]
 
+        if not hasattr(self.host, "group_matcher"):
+            raise EvoViTError(
+                f"{type(self.model).__name__} has no group_matcher, as timm's hosts have; group its "
+                "named_parameters by their names."
+            )
         return {group: prefixed(pattern) for group, pattern in self.host.group_matcher(coarse).items()}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -359,6 +418,7 @@ def reduce_tokens(
     *,
     verify: bool = True,
     last_block: LastBlock = "prefix",
+    budgets: Sequence[float] = (),
     **options: Any,
 ) -> ReducedViT:
     """Wrap a pretrained or fresh host so that a method runs its blocks.
@@ -369,6 +429,7 @@ def reduce_tokens(
         verify: prove first that the views reproduce this host exactly (two forwards of two random images).
         last_block: "prefix" computes no patch tokens in the last block where no head reads them, see
             `ReducedViT`; "all" computes them.
+        budgets: keep ratios between which `reduced.budget` switches; the largest is in force.
 
     Raises:
         EvoViTError: unsupported host, unknown method or option, a value out of range, a hook that would never
@@ -387,10 +448,11 @@ def reduce_tokens(
         cls, config = find_method_of(method), method
     else:
         raise EvoViTError(f"method is {shown(method)}; give a method's name or its Config.")
+    check_kind("verify", verify, bool, "True or False")
     backbone = read_host(model)
     backbone.expect_unsharded()
     refuse_hooks(backbone, model)
-    if verify is not False:
+    if verify:
         check_adapter(model)
     like = next(p for p in model.parameters() if p.is_floating_point())
-    return ReducedViT(model, cls(config, backbone.spec).to(like.device, like.dtype), last_block)
+    return ReducedViT(model, cls(config, backbone.spec).to(like.device, like.dtype), last_block, budgets)

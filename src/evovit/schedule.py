@@ -38,12 +38,14 @@ class KeepSchedule:
         start: first block that may reduce; stages are counted from it.
         multiple_of: the rows that enter a reduced block are rounded to the nearest multiple of this; to the
             next above where the nearest has less than half of the kept; a multiple of all rows keeps all.
+        changes: blocks where a stage begins whatever its length.
     """
 
     ratios: tuple[float, ...]
     rounding: Callable[[float], int] = math.floor
     start: int = 0
     multiple_of: int = 1
+    changes: tuple[int, ...] = ()
 
     @classmethod
     def from_block(
@@ -71,6 +73,30 @@ class KeepSchedule:
         left = dict(zip(blocks, ratios, strict=True))
         return cls(tuple(left.get(number, 1.0) for number in range(depth)))
 
+    @classmethod
+    def from_counts(cls, depth: int, counts: Sequence[int], num_patches: int) -> KeepSchedule:
+        """Build from the patch tokens that each block keeps of `num_patches`; other numbers in proportion.
+
+        A stage begins wherever the count changes. Block 0 keeps all.
+        """
+        if len(counts) != depth:
+            raise EvoViTError(f"keep_per_block has {len(counts)} values for {depth} blocks; give one each.")
+        for count in counts:
+            check_count("keep_per_block", count, 1, num_patches, "patch tokens of this host")
+        if counts[0] != num_patches:
+            raise EvoViTError(
+                f"keep_per_block begins with {counts[0]}; block 0 has no earlier score and "
+                f"keeps all {num_patches}."
+            )
+        # a hair above the share, so that rounding down gives the count back
+        ratios = tuple(1.0 if count == num_patches else (count + 1e-3) / num_patches for count in counts)
+        changes = tuple(number for number in range(1, depth) if counts[number] != counts[number - 1])
+        return cls(ratios, start=min(changes, default=depth - 1), changes=changes)
+
+    def counts(self, num_patches: int) -> tuple[int, ...]:
+        """Return how many of `num_patches` each block keeps: what `from_counts` takes."""
+        return tuple(self.count(number, num_patches) or num_patches for number in range(len(self.ratios)))
+
     def count(self, number: int, num_patches: int, others: int = 0) -> int | None:
         """Return how many of `num_patches` block `number` keeps, at least 1; None where it keeps all.
 
@@ -86,7 +112,10 @@ class KeepSchedule:
 
     def stage_start(self, number: int, length: int) -> int:
         """Return the first block of the stage, `length` blocks long, that block `number` lies in."""
-        return number if number < self.start else number - (number - self.start) % length
+        if number < self.start:
+            return number
+        start = max((change for change in self.changes if change <= number), default=self.start)
+        return number - (number - start) % length
 
     def starts_stage(self, number: int, length: int) -> bool:
         """Tell whether tokens are selected anew before block `number`."""

@@ -77,6 +77,8 @@ class QKV(NamedTuple):
     scale: float
     bias: Tensor | None = None  # the host's position bias for these tokens, (1 or B, H, P + N, P + N)
     extra: Tensor | None = None  # (B, P + N, S), what the host projects besides: output gate, parallel FFN
+    key_length: Tensor | None = None  # (B, H, P + N) float32, of keys; of several in one token, their mean
+    padding: Tensor | None = None  # (B, P + N) bool, rows of images that are none: they ask and weigh nothing
 
 
 class Outputs(NamedTuple):

@@ -6,6 +6,7 @@ The tower stays the module it was, with its names, weights and config; its forwa
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -117,9 +118,10 @@ def _expect_whole(reduced: ReducedViT) -> None:
         return
     images = torch.zeros(1, *backbone.image_shape, dtype=weight.dtype, device=weight.device)
     tokens = reduced.method.finish(reduced.blocks(backbone, images)[0])
-    if tokens.num_patches != tokens.num_cells:
+    cells = math.prod(backbone.spec.grid)
+    if tokens.num_patches != cells:
         raise EvoViTError(
-            f"{name} as configured leaves {tokens.num_patches} of {tokens.num_cells} patch tokens, and the "
+            f"{name} as configured leaves {tokens.num_patches} of {cells} patch tokens, and the "
             "model around the tower expects each in its place; choose a method that brings all back: "
             "evo_vit, idle_vit or tome."
         )

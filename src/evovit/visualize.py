@@ -11,6 +11,7 @@ from torch import Tensor
 
 from evovit.errors import check_kind, printable
 from evovit.model import ReducedViT
+from evovit.tokens import Tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,19 +41,25 @@ def kept_patches(model: ReducedViT, images: Tensor) -> Tensor:
     """
     check_kind("model", model, ReducedViT, "what reduce_tokens returns")
     trace = model.run(images, record=True).trace
-    masks = []
-    for tokens in trace:
-        rows, columns = tokens.grid
-        spare = rows * columns  # one more column, where tokens without a place go
-        kept, placed = tokens.index.new_zeros(images.shape[0], spare + 1), tokens.index >= 0
-        if tokens.num_patches == spare and placed.all():  # also after pooling: its index is of the finer grid
-            kept = kept + 1
-        else:
-            kept = kept.scatter(1, tokens.index.where(placed, spare), 1)
-        mask = kept[:, :-1].reshape(-1, 1, rows, columns)
-        mask = torch.nn.functional.interpolate(mask.float(), size=trace[0].grid, mode="nearest")
-        masks.append(mask[:, 0].bool())
-    return torch.stack(masks, 1)
+    return torch.stack([on_cells(kept_cells(tokens), trace[0].grid) for tokens in trace], 1)
+
+
+def kept_cells(tokens: Tokens) -> Tensor:
+    """Return (B, rows, columns) bool of the tokens' own grid, True where a patch token has its place."""
+    rows, columns = tokens.grid
+    spare = rows * columns  # one more column, where tokens without a place go
+    placed = tokens.index >= 0
+    kept = tokens.index.new_zeros(tokens.index.shape[0], spare + 1)
+    if tokens.num_patches == spare and placed.all():  # also after pooling: its index is of the finer grid
+        kept = kept + 1
+    else:
+        kept = kept.scatter(1, tokens.index.where(placed, spare), 1)
+    return kept[:, :-1].reshape(-1, rows, columns).bool()
+
+
+def on_cells(masks: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return masks (B, rows, columns) on a finer grid: all cells that a cell covers are as it is."""
+    return torch.nn.functional.interpolate(masks[:, None].float(), size=grid, mode="nearest")[:, 0].bool()
 
 
 def patches_on_box(boxes: Tensor, grid: tuple[int, int], image_size: tuple[int, int]) -> Tensor:

@@ -115,6 +115,6 @@ def test_features_are_what_the_head_read(method: str, host: str) -> None:
         assert outputs.token_logits is None and outputs.class_logits is None
         if host == "lv_vit":
             outputs = reduced.train().run(pictures())
-            each, mask = outputs.token_logits, outputs.tokens.mask
+            each, mask = outputs.token_logits, reduced.method.finish(outputs.tokens).mask
             best = (each if mask is None else each.masked_fill(mask[:, :, None] == 0, -torch.inf)).amax(1)
             assert_close(outputs.class_logits + 0.5 * best, outputs.logits)

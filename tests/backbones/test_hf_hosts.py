@@ -89,7 +89,8 @@ def test_every_method_runs_and_an_image_ignores_its_batch(name: str, method: str
         assert min(t.num_patches for t in outputs.trace) < 16
         assert outputs.logits[1].isfinite().all()
         assert (outputs.logits[1] - alone.logits[0]).abs().max() <= 1e-5 * outputs.logits.abs().max()
-    if not (method == "dynamic_vit" and reduced_heads_read_patches(reduced)):
+    masks = method in ("dynamic_vit", "svite_plus")
+    if not (masks and reduced_heads_read_patches(reduced)):
         reduced.train()(pixel_values=images)
     else:
         with pytest.raises(EvoViTError, match="masked patch tokens"):
@@ -321,8 +322,9 @@ def test_parts_of_the_projection_are_those_of_the_whole(name: str) -> None:
         backbone = adapt(make(name))
     images = pictures(2, SIZE)
     if name == "Idefics3VisionTransformer":
-        backbone.mask = torch.ones(2, *backbone.spec.grid, dtype=torch.bool)
-        backbone.mask[1, 1:] = False
+        mask = torch.ones(2, *backbone.spec.grid, dtype=torch.bool)
+        mask[1, 1:] = False
+        backbone.hide(mask)
     with torch.no_grad():
         tokens = backbone.embed(images)
         order = torch.stack([torch.randperm(tokens.num_patches) for _ in range(2)])
@@ -336,3 +338,22 @@ def test_parts_of_the_projection_are_those_of_the_whole(name: str) -> None:
     assert torch.equal(values.v, whole.v)
     if name in ("BeitForImageClassification", "Idefics3VisionTransformer"):
         assert whole.bias is not None
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("keep", {"keep_ratio": 0.5}), ("keep", {"keep_ratio": 0.25}), ("subsample", {}), ("evit", {})],
+)
+@pytest.mark.parametrize("name", ["ViTForMaskedImageModeling", "BeitForSemanticSegmentation", "ViTMAEModel"])
+def test_a_head_that_reads_a_token_for_each_patch_is_not_given_fewer(
+    name: str, method: str, options: dict[str, Any]
+) -> None:
+    """Also where what is left would look like a smaller grid."""
+    from evovit.methods import find_method
+
+    model = make(name)
+    cls = find_method(method)
+    reduced = evovit.reduce_tokens(model, method, **cls.example | options)
+    given = inputs_of(model, pictures(2, SIZE))
+    with pytest.raises(EvoViTError, match=r"a token for each patch|keeps the grid"):
+        reduced(**given)

@@ -31,6 +31,7 @@ METHODS = {
     "idle_vit": {"selection": "column_mean", "start_block": 1, "group_length": 2},
     "evo_levit": {"selection": "column_mean", "start_block": 1},
     "evo_levit, layer": {"selection": "column_mean", "start_block": 1, "mode": "layer"},
+    "evo_levit, shift": {"selection": "shift", "start_block": 1},
 }
 
 

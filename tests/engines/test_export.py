@@ -108,6 +108,17 @@ def test_every_method_on_every_host_is_exported(method: str, host: str, to: str,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("to", ["onnx", "openvino", "pt2"])
+@pytest.mark.parametrize(
+    "method", [name for name in list_methods() if hasattr(find_method(name).Config, "rest")]
+)
+def test_squeezing_is_exported(method: str, to: str, tmp_path: Path) -> None:
+    ready(to)
+    options = find_method(method).example | {"rest": "squeeze"}
+    assert export(reduced("vit", method, **options), tmp_path, to)["proof"]["same_kept"] == 1.0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", list_methods())
 def test_every_method_is_exported_to_openvino(method: str, tmp_path: Path) -> None:
     ready("openvino")

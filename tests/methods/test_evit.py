@@ -40,7 +40,7 @@ def load_case(case: dict[str, Any]) -> evovit.ReducedViT:
         blocks=blocks,
         keep_ratio=call.get("keep_rate", tuple(options["keep_rates"])),
         keep=tuple(call["tokens"][b] for b in blocks) if "tokens" in call else None,
-        fuse=options["fuse_token"],
+        rest="fuse" if options["fuse_token"] else "drop",
     )
 
 
@@ -98,7 +98,8 @@ def test_one_block_equals_the_official_unit(fuse: bool, count: int | None) -> No
     block.load_state_dict({k.removeprefix(start): v for k, v in units.items() if k.startswith(start)})
     host = make_host("vit")
     keep = None if count is None else (count,)
-    method = evovit.reduce_tokens(host, "evit", blocks=(0,), keep_ratio=0.6, fuse=fuse, keep=keep).method
+    rest = "fuse" if fuse else "drop"
+    method = evovit.reduce_tokens(host, "evit", blocks=(0,), keep_ratio=0.6, rest=rest, keep=keep).method
     x = units[f"{name}.in.x"]
     index = torch.arange(12).expand(2, 12)
     with torch.no_grad():
@@ -156,17 +157,22 @@ WORK = {  # GMACs of DeiT-S fused, DeiT-S dropping, DeiT-B fused, DeiT-T fused
 @pytest.mark.parametrize("ratio", COUNTS)
 def test_token_counts_and_macs_equal_the_table(ratio: float) -> None:
     fused, dropped, base, tiny = WORK[ratio]
-    rows = (("small", True, fused), ("small", False, dropped), ("base", True, base), ("tiny", True, tiny))
-    for size, fuse, expected in rows:
+    rows = (
+        ("small", "fuse", fused),
+        ("small", "drop", dropped),
+        ("base", "fuse", base),
+        ("tiny", "fuse", tiny),
+    )
+    for size, rest, expected in rows:
         with torch.device("meta"):
             host = timm.create_model(f"deit_{size}_patch16_224")
-        model = evovit.reduce_tokens(host, "evit", keep_ratio=ratio, fuse=fuse, last_block="all")
+        model = evovit.reduce_tokens(host, "evit", keep_ratio=ratio, rest=rest, last_block="all")
         work = gmacs(model, (3, 224, 224))
         assert work == pytest.approx(expected, rel=5e-3 if expected > 2 else 7e-3)  # two decimals printed
         assert gmacs(model, (3, 224, 224)) == pytest.approx(work, rel=2e-3)
         with torch.no_grad():
             trace = model.run(torch.empty(1, 3, 224, 224, device="meta"), record=True).trace
-        assert [trace[b].num_patches for b in (3, 6, 9)] == COUNTS[ratio][not fuse]
+        assert [trace[b].num_patches for b in (3, 6, 9)] == COUNTS[ratio][rest == "drop"]
 
 
 def test_counts_of_the_initial_grid_are_the_other_spelling() -> None:
@@ -254,7 +260,10 @@ def test_the_fused_token_is_the_weighted_sum_after_attention() -> None:
         ({"keep": (8, 8)}, "give one count per block"),
         ({"shrink": (0.5, 0.2)}, "shrink is .* give two rising shares"),
         ({"counts": "all"}, "counts is 'all'; allowed is current or initial"),
-        ({"selection": "best"}, "selection is 'best'; allowed is class or column_mean"),
+        (
+            {"selection": "best"},
+            "selection is 'best'; allowed is class, column_mean, key_norm, probe or shift",
+        ),
     ],
 )
 def test_wrong_options_are_refused_in_one_sentence(options: dict[str, Any], sentence: str) -> None:
@@ -292,3 +301,21 @@ def test_explicit_counts_have_no_ratio_to_ramp() -> None:
 def test_a_host_without_class_token_needs_a_chosen_score() -> None:
     with pytest.raises(evovit.EvoViTError, match="needs a class token.*choose 'column_mean'"):
         evovit.reduce_tokens(make_host("siglip"), "evit", blocks=(1,))
+
+
+def test_representation_shift_ranks_after_the_ffn_and_weighs_as_a_share() -> None:
+    """The fused token is the sum of the others, each times its share of all shifts."""
+    host, images = make_host("siglip"), pictures()
+    reduced = evovit.reduce_tokens(host, "evit", blocks=(1,), keep=(8,), selection="shift")
+    block = host.blocks[1]
+    with torch.no_grad():
+        x = evovit.reduce_tokens(host, "dense").run(images, record=True).trace[0].x
+        x = x + block.attn(block.norm1(x))
+        branch = block.mlp(block.norm2(x))
+        after, out = x + branch, reduced.run(images, record=True).trace[1]
+        for image in range(2):
+            shift = [(branch[image, row] - x[image, row]).norm().item() for row in range(16)]
+            order = sorted(range(16), key=lambda row: -shift[row])
+            assert out.index[image].tolist() == [*sorted(order[:8]), -1]
+            fused = sum(after[image, row] * shift[row] / sum(shift) for row in order[8:])
+            assert_close(out.x[image], torch.cat((after[image, sorted(order[:8])], fused[None])))

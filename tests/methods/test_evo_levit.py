@@ -6,6 +6,7 @@ from itertools import accumulate
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,7 +20,7 @@ from evovit.recipe.tables import ObjectiveTable
 from evovit.tokens import Taught, Tokens
 from evovit.train.objective import Objective
 from tests.backbones.test_timm_levit import alive
-from tests.conftest import Golden, pictures
+from tests.conftest import Golden, disturb, pictures
 from tests.parity import assert_close, assert_near
 
 FILES = {name: Golden(name) for name in ("evo_levit", "evo_levit_384", "evo_levit_nodist")}
@@ -386,3 +387,20 @@ def test_down_sampling_is_known_by_its_view() -> None:
     model = evolved(small())
     entries = [s.enter for s in evovit.backbones.adapt(model.model).stages()]
     assert entries[0] is None and all(isinstance(entry, LevitEntry) for entry in entries[1:])
+
+
+def test_representation_shift_runs_on_stages_without_class_token() -> None:
+    """The first selection is by the FFN of the block before; all stages run, all parameters learn."""
+    torch.manual_seed(0)
+    host = disturb(timm.create_model("levit_128s", img_size=64, num_classes=5), 0.05).eval()
+    reduced = evovit.reduce_tokens(host, "evo_levit", start_block=1, keep_ratio=0.5, selection="shift")
+    with torch.no_grad():
+        trace = reduced.run(pictures(size=64), record=True).trace
+        x = host.stem(pictures(size=64)).flatten(2).transpose(1, 2)
+        block = host.stages[0].blocks[0]
+        y = x + block.attn(x)
+        shift = (block.mlp(y) - y).norm(dim=-1)
+    assert torch.equal(trace[1].index[:, :8], shift.topk(8).indices.sort(1).values)
+    assert [tokens.num_patches for tokens in trace][:2] == [16, 9]
+    reduced.train()(pictures(size=64)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in reduced.parameters())

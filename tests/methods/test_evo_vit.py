@@ -338,3 +338,25 @@ def test_a_host_without_class_token_needs_a_chosen_score() -> None:
         evovit.EvoViTError, match="needs a class token and this host has none; choose 'column_mean'"
     ):
         evovit.reduce_tokens(make_host("siglip"), "evo_vit", start_block=1)
+
+
+@pytest.mark.parametrize("name", ["vit", "siglip"])
+def test_representation_shift_scores_by_the_ffn_of_those_who_took_part(name: str) -> None:
+    """Each selection is by the last FFN of every token: of the awake anew, of the others as it was."""
+    host, images = make_host(name), pictures()
+    options = {"start_block": 1, "stage_length": 1, "selection": "shift", "fast_update": False}
+    reduced = evovit.reduce_tokens(host, "evo_vit", **options)
+    prefix = reduced.method.spec.num_prefix
+    with torch.no_grad():
+        trace = reduced.run(images, record=True).trace
+        x = evovit.backbones.adapt(host).embed(images).x
+        score = torch.zeros(2, 16)
+        for number, block in enumerate(host.blocks[:3]):
+            kept = score.topk(8).indices.sort(1).values if number else torch.arange(16).expand(2, -1)
+            assert torch.equal(trace[number].index, kept)
+            for image in range(2):
+                rows = [*range(prefix), *(prefix + cell for cell in kept[image].tolist())]
+                y = x[image, rows] + block.attn(block.norm1(x[image, rows])[None])[0]
+                branch = block.mlp(block.norm2(y))
+                score[image, kept[image]] = (branch - y).norm(dim=-1)[prefix:]
+                x[image, rows] = y + branch

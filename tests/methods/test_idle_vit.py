@@ -344,7 +344,7 @@ def test_cut_loss_is_computed_in_training_alone_and_released_takes_every_second(
         ({"distill_weight": -1.0}, "distill_weight is -1.0; allowed is a number, 0 or more"),
         ({"compared": "all"}, "compared is 'all'; allowed is class or active"),
         ({"cut_blocks": "half"}, "cut_blocks is 'half'; allowed is all or released"),
-        ({"selection": "best"}, "selection is 'best'; allowed is class or column_mean"),
+        ({"selection": "best"}, "selection is 'best'; allowed is class, column_mean, key_norm or probe"),
     ],
 )
 def test_wrong_options_are_refused_in_one_sentence(options: dict[str, Any], sentence: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import evovit
+from evovit.analyse.watch import watch
 from evovit.backbones.base import BackboneSpec
 from evovit.backbones.timm_blocks import PreNormBlock
 from evovit.macs import gmacs
@@ -92,12 +93,19 @@ def unit_tensors(name: str) -> dict[str, Tensor]:
     return {k.removeprefix(f"{name}."): v for k, v in UNITS.tensors.items() if k.startswith(f"{name}.")}
 
 
+def score_of(qkv: QKV) -> Tensor:
+    """Return the scores of one class token and patch tokens, (B, N)."""
+    batch, num = qkv.k.shape[0], qkv.k.shape[2] - 1
+    tokens = Tokens(torch.zeros(batch, num + 1, 4), torch.arange(num).expand(batch, -1), 1, (1, num))
+    return PPT(PPT.Config(), SPEC).score(qkv, tokens)
+
+
 def test_scores_equal_the_official_unit() -> None:
     tensors = unit_tensors("scores")
     logits, v = tensors["in.logits"], tensors["in.v"]
     # any attention: the class row's logits as queries of a basis
     qkv = QKV(logits, torch.eye(18).expand_as(logits), v, 1.0)
-    score = PPT(PPT.Config(), SPEC).score(qkv, 1)
+    score = score_of(qkv)
     assert_close(score, tensors["out.score"])
     assert_close(score.var(-1), tensors["out.var"])
 
@@ -182,11 +190,11 @@ def test_reducing_equals_a_naive_loop(num: int) -> None:
     size[:, 0] = 1
     tokens = Tokens(x, torch.arange(num - 1).expand(12, -1), 1, (1, num - 1), size[:, 1:])
     qkv, kinds = QKV(q, k, v, 0.5), set()
-    middle = PPT(PPT.Config(), SPEC).score(qkv, 1).var(-1).sort().values[5:7].mean().item()
+    middle = score_of(qkv).var(-1).sort().values[5:7].mean().item()
     method = PPT(PPT.Config(threshold=middle), SPEC)
     attention = (q[:, :, 0:1] @ k.transpose(-2, -1) * 0.5).softmax(-1)[:, :, 0]
     for removed in range(1, (num - 1) // 2 + 1):
-        after = method.reduce(tokens, qkv, removed)
+        after = method.reduce(tokens, qkv.k, score_of(qkv), removed)
         for image in range(12):
             expected, sizes, groups = naive(
                 x[image], v[image], attention[image], k[image].mean(0), size[image], removed, middle
@@ -214,14 +222,15 @@ def test_equal_scores_and_equal_keys_choose_the_lower_rows() -> None:
     method = PPT(PPT.Config(threshold=0.0), SPEC)
     tokens = Tokens(torch.randn(1, 9, 4), torch.arange(8)[None], 1, (2, 4))
     qkv = QKV(torch.zeros(1, 1, 9, 2), torch.zeros(1, 1, 9, 2), torch.ones(1, 1, 9, 2), 1.0)
-    assert method.reduce(tokens, qkv, 3).index.tolist() == [[0, 1, 2, 3, 4]]  # the variance is 0, not below 0
+    assert method.reduce(tokens, qkv.k, score_of(qkv), 3).index.tolist() == [
+        [0, 1, 2, 3, 4]
+    ]  # the variance is 0, not below 0
     pooling = PPT(PPT.Config(threshold=1e-9), SPEC)
-    assert pooling.reduce(tokens, qkv, 3).size.sum() == 8
+    assert pooling.reduce(tokens, qkv.k, score_of(qkv), 3).size.sum() == 8
 
 
 def test_values_of_zero_length_score_nothing() -> None:
-    method = PPT(PPT.Config(), SPEC)
-    score = method.score(QKV(*(torch.zeros(1, 1, 5, 2),) * 3, 1.0), 1)
+    score = score_of(QKV(*(torch.zeros(1, 1, 5, 2),) * 3, 1.0))
     assert torch.equal(score, torch.zeros(1, 4))
 
 
@@ -268,6 +277,17 @@ def test_pooling_alone_brings_every_cell_back() -> None:
         mixed.feature_map(images)
 
 
+def test_pruning_alone_tells_what_it_ranks_by_and_pooling_has_nothing_to_tell() -> None:
+    for threshold, told in ((0.0, [False, True, True, False]), (1e-3, [False] * 4)):
+        reduced = evovit.reduce_tokens(make_host("vit"), "ppt", r=4, blocks=(1, 2), threshold=threshold)
+        seen = list(watch(reduced, pictures(3)))
+        assert [each.score is not None for each in seen] == told
+        for each in seen:
+            if each.score is not None:
+                for score, kept in zip(each.score, each.kept, strict=True):
+                    assert score[kept].min() >= score[~kept].nan_to_num(-torch.inf).max()
+
+
 def test_three_points_with_pooling_alone_are_tome_at_these() -> None:
     images, host = pictures(3), make_host("vit")
     ours = evovit.reduce_tokens(host, "ppt", r=(4, 3), blocks=(1, 2), threshold=1.0)
@@ -293,7 +313,7 @@ def test_a_ramp_of_counts_is_read_by_the_reducing_blocks_in_turn() -> None:
 
 def test_scores_have_no_gradient_and_values_have() -> None:
     q, k, v = (torch.randn(2, 2, 9, 4, requires_grad=True) for _ in range(3))
-    score = PPT(PPT.Config(), SPEC).score(QKV(q, k, v, 1.0), 1)
+    score = score_of(QKV(q, k, v, 1.0))
     assert not score.requires_grad
 
 

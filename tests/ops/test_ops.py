@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from evovit.ops.mask import mask_bias, masked_max, masked_mean
-from evovit.ops.score import attention_column_mean, class_attention, random_score, running_score
+from evovit.ops.score import (
+    attention_column_mean,
+    class_attention,
+    key_norm,
+    probe_attention,
+    random_score,
+    representation_shift,
+    running_score,
+)
 from evovit.ops.select import (
     best_by_count,
     best_by_threshold,
@@ -45,10 +53,46 @@ def test_column_mean_is_the_attention_a_token_receives(bias: bool) -> None:
     assert torch.allclose(attention_column_mean(qkv, 1), expected, atol=1e-6)
 
 
+def test_key_norm_is_the_mean_length_of_a_tokens_keys_as_a_share() -> None:
+    qkv = some_qkv(prefix=2)
+    length = [
+        [sum(math.sqrt(sum(x * x for x in key)) for key in image[:, row].tolist()) for row in range(2, 8)]
+        for image in qkv.k
+    ]
+    expected = torch.tensor([[x / sum(row) for x in row] for row in length])
+    assert torch.allclose(key_norm(qkv, 2), expected, atol=1e-6)
+    few = key_norm(qkv, 2, 4)
+    assert torch.allclose(few, expected[:, :4] / expected[:, :4].sum(1, keepdim=True), atol=1e-6)
+    assert torch.equal(key_norm(qkv._replace(k=torch.zeros_like(qkv.k)), 2), torch.zeros(2, 6))
+    given = qkv._replace(key_length=torch.ones(2, 3, 8))
+    assert torch.allclose(key_norm(given, 2), torch.full((2, 6), 1 / 6))
+
+
+def test_probe_attention_is_the_probes_row_of_its_head() -> None:
+    qkv = some_qkv(prefix=1)
+    qkv = qkv._replace(q=qkv.q[:, :, :1])
+    full = (qkv.q @ qkv.k.transpose(-2, -1) * qkv.scale).softmax(-1).mean(1)[:, 0]
+    assert torch.allclose(probe_attention(qkv, 7), full, atol=1e-6)
+    assert torch.allclose(probe_attention(qkv, 6, 3), full[:, 1:4], atol=1e-6)
+
+
+def test_representation_shift_is_the_distance_of_the_branch_from_its_input() -> None:
+    before, branch = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+    found = representation_shift(before, before + branch)
+    for image in range(2):
+        for row in range(5):
+            shift = sum(
+                (float(b) - float(a)) ** 2
+                for a, b in zip(before[image, row], branch[image, row], strict=True)
+            )
+            assert float(found[image, row]) == pytest.approx(shift**0.5, rel=1e-5)
+    assert representation_shift(before.bfloat16(), before.bfloat16()).dtype == torch.float32
+
+
 def test_scores_are_float32_for_every_precision() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         qkv = QKV(*(x.to(dtype) for x in some_qkv()[:3]), 0.5)
-        assert class_attention(qkv, 1).dtype == torch.float32
+        assert class_attention(qkv, 1).dtype == key_norm(qkv, 1).dtype == torch.float32
 
 
 def test_the_running_score_weighs_the_old_score_with_the_trade_off() -> None:

@@ -280,7 +280,7 @@ def test_rows_of_the_former_version_are_still_read(tmp_path: Path, small_run: li
     assert "evo_vit mode=layer" in page and "a CPU" in page and page.count("<h2>") == 2
 
 
-@pytest.mark.parametrize("line", ["{", "3", "[]x"])
+@pytest.mark.parametrize("line", ["{", "3", "[]x", "null", "[" * 9000], ids=range(5))
 def test_a_line_that_is_no_row_is_named_and_nothing_written(
     tmp_path: Path, small_run: list[Row], line: str
 ) -> None:
@@ -288,6 +288,24 @@ def test_a_line_that_is_no_row_is_named_and_nothing_written(
     with pytest.raises(EvoViTError, match="no JSON of a row"):
         append_rows(tmp_path, small_run, {})
     assert (tmp_path / "rows.jsonl").read_text() == line
+    (tmp_path / "rows.jsonl").write_bytes(b'{"model": "\xe9"}')
+    with pytest.raises(EvoViTError, match="no JSON of a row"):
+        append_rows(tmp_path, small_run, {})
+
+
+WRONG: list[dict[str, Any]] = [
+    *({"torch": 2}, {"time": []}, {"device_name": 1}, {"batch": "1"}, {"notes": 3}, {"options": []}),
+    *({"median_ms": float("nan")}, {"median_ms": float("inf")}, {"gmacs": None}, {"is_best_mode": "yes"}),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_a_row_that_no_bench_wrote_is_named(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(json.loads(FORMER) | wrong))
+    with pytest.raises(EvoViTError, match=r"rows.jsonl' has .*, no row of a bench; move it away"):
+        write_report(tmp_path, append_rows(tmp_path, [], {}))
+    with pytest.raises(EvoViTError, match="no row of a bench"):
+        write_report(tmp_path, [{}])
 
 
 def rows_of_command(out: Path, *words: str) -> list[dict[str, Any]]:

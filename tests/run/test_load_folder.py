@@ -114,3 +114,24 @@ def test_a_host_of_transformers_comes_back_from_its_folder(
         assert worst(reduced(pictures()), again(pictures())) == 0
     assert type(again.model) is cls
     assert again.config.to_dict() == host.config.to_dict()
+
+
+@pytest.mark.parametrize("key", ["timm", "options"])
+@pytest.mark.parametrize("value", [None, 3, "os.system", [], True])
+def test_a_manifest_that_tells_the_host_in_wrong_kinds_is_one_sentence(
+    key: str, value: Any, tmp_path: Path
+) -> None:
+    evovit.save_reduced(evovit.reduce_tokens(small(img_size=32), "evo_vit", **REDUCES), tmp_path)
+    content = json.loads((tmp_path / "method.json").read_text())
+    content["build"][key] = value
+    (tmp_path / "method.json").write_text(json.dumps(content))
+    with pytest.raises(EvoViTError, match=r"host"):
+        evovit.load_reduced(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [{"host": 3}, {"host": ""}, {"host": "x", "host_options": 3}])
+def test_a_host_told_in_wrong_kinds_is_not_saved(wrong: dict[str, Any], tmp_path: Path) -> None:
+    reduced = evovit.reduce_tokens(small(img_size=32), "evo_vit", **REDUCES)
+    with pytest.raises(EvoViTError, match=r"host"):
+        evovit.save_reduced(reduced, tmp_path, **wrong)
+    assert not list(tmp_path.iterdir())

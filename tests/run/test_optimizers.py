@@ -95,7 +95,10 @@ def test_an_update_moves_what_is_trained_and_nothing_else(tmp_path: Path) -> Non
         (("optimizer.rate_factors=modell.=0.1",), "no trained parameter's name starts with 'modell.'"),
         (("optimizer.rate_factors=model.",), "rate_factors is 'model.'; give words such as model.=0.01"),
         (("optimizer.rate_factors=model.=x",), "give words such as model.=0.01"),
-        (("optimizer.rate_factors=model.=-1",), "give words such as model.=0.01"),
+        *[
+            ((f"optimizer.rate_factors=model.={odd}",), "give words such as model.=0.01")
+            for odd in (-1, "nan", "inf")
+        ],
         (
             ("optimizer.freeze_host_epochs=-1",),
             "freeze_host_epochs is -1; allowed is a whole number, 0 or more",

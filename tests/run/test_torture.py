@@ -9,6 +9,7 @@ bits of an undisturbed run and leaves no stray file; a save leaves the old model
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import time
@@ -24,6 +25,7 @@ import evovit
 from evovit.checkpoints.reduced import load_reduced, save_reduced
 from evovit.recipe.reading import read_recipe
 from evovit.recipe.tables import Recipe
+from evovit.runtime.files import write_text
 from tests.conftest import make_host, pictures
 from tests.run import faults
 from tests.run.processes import (
@@ -38,6 +40,7 @@ from tests.run.processes import (
     strays,
     train_here,
 )
+from tests.tuning.counting import CountingClock
 
 pytestmark = pytest.mark.torture
 SHORT = ("run.epochs=3", "data.scenes=64", "data.test_scenes=20")
@@ -169,3 +172,38 @@ def test_killed_saves_leave_the_old_model_or_the_new_one(tmp_path: Path, kills: 
     save_reduced(numbered_model(0), folder)
     assert not strays(folder) and len(list(folder.iterdir())) == 3
     print(f"save_reduced: {done} kills, {saves} saves; {new_ones} killed ones left the new model, no strays")
+
+
+def search_and_tell(folder: Path) -> None:
+    """Search a schedule in a folder and write what was found."""
+    torch.set_num_threads(1)
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    found = evovit.tune(make_host("vit"), images, speedup=1.2, rounds=4, tables=folder, clock=CountingClock())
+    assert found.best is not None
+    told = [(one.plan.key, one.ms, one.damage) for one in found.candidates]
+    write_text(folder / "told.json", json.dumps([found.best.plan.key, told]))
+
+
+def test_killed_searches_end_the_same(tmp_path: Path, kills: int) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    for place in (whole, folder):
+        place.mkdir()
+    search_and_tell(whole)
+    rng, done, wanted = random.Random(0), 0, min(kills, 10)
+    while done < wanted:
+        child = CONTEXT.Process(target=search_and_tell, args=(folder,))
+        child.start()
+        child.join(rng.uniform(0.5, 2.5))
+        if child.exitcode is None:
+            child.kill()
+            done += finish(child) == [-signal.SIGKILL]
+        elif finish(child) == [0]:  # done before it was killed: begin anew
+            assert (folder / "told.json").read_text() == (whole / "told.json").read_text()
+            for path in folder.iterdir():
+                path.unlink()
+    child = CONTEXT.Process(target=search_and_tell, args=(folder,))
+    child.start()
+    assert finish(child) == [0]
+    assert (folder / "told.json").read_text() == (whole / "told.json").read_text()
+    assert not strays(folder)
+    print(f"{done} kills of a search, the same result")

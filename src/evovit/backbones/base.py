@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evovit.errors import EvoViTError, shown
-from evovit.ops.select import prefix_queries, take_qkv
+from evovit.ops.select import keep_leading, leading_queries, take_qkv
 from evovit.tokens import QKV, Tokens
 
 RECORDER = "transformers.utils.output_capturing"  # its hooks note hidden states for those who ask the host
 
 Mix = Callable[[QKV, Tensor | None], Tensor]  # q, k, v and all additive bias to mixed values, (B, H, Q, D)
+Probe = Callable[[Tokens], QKV]  # tokens to what a pooling head would see of them, see `probe_qkv`
 
 
 class Block(ABC):
@@ -28,6 +29,7 @@ class Block(ABC):
     """
 
     number: int  # counted from 0 through all stages
+    probe: Probe | None = None  # of the host's pooling head, if it has one
 
     @abstractmethod
     def qkv(self, tokens: Tokens) -> QKV:
@@ -47,6 +49,10 @@ class Block(ABC):
     @abstractmethod
     def ffn(self, tokens: Tokens) -> Tokens:
         """Return tokens + feed-forward branch."""
+
+    def attention_input(self, tokens: Tokens) -> Tensor:
+        """Return what is projected to queries, keys and values, (B, P + N, C); default: the tokens."""
+        return tokens.x
 
     def scoring_qkv(self, tokens: Tokens) -> QKV:
         """Return enough to choose rows by: queries of the prefix at least, keys of all; default: `qkv`."""
@@ -70,18 +76,31 @@ class Block(ABC):
         """Return values (and `extra`) of all, for `attention` with a `mix` of its own; default: `qkv`."""
         return self.qkv(tokens)
 
-    def prefix_qkv(self, tokens: Tokens) -> QKV:
-        """Return queries (and `extra`) of the prefix, keys and values of all; default: rows of `qkv`."""
-        return prefix_queries(self.qkv(tokens), tokens.num_prefix)
+    def leading_qkv(self, tokens: Tokens, count: int) -> QKV:
+        """Return queries (and `extra`) of the first `count` rows, keys and values of all.
 
-    def attend(self, tokens: Tokens, bias: Tensor | None = None) -> tuple[Tokens, QKV]:
+        Default: rows of `qkv`. The prefix is always among them: P <= count <= P + N.
+        """
+        return leading_queries(self.qkv(tokens), count)
+
+    def attend(
+        self, tokens: Tokens, bias: Tensor | None = None, asking: int | None = None
+    ) -> tuple[Tokens, QKV]:
         """Run qkv, then attention.
 
         In the last block both may hold less: where the head reads prefix tokens alone, `prefix.PrefixBlock`
         leaves no patch tokens after attention, and the queries it returns are the prefix tokens' own.
+
+        Args:
+            asking: rows that ask, the first so many, the prefix among them; the others are keys and values
+                alone and gone afterwards. None: all rows ask.
         """
-        qkv = self.qkv(tokens)
-        return self.attention(tokens, qkv, bias), qkv
+        if asking is None:
+            qkv = self.qkv(tokens)
+            return self.attention(tokens, qkv, bias), qkv
+        qkv = self.leading_qkv(tokens, asking)
+        bias = None if bias is None else bias[..., :asking, :]
+        return self.attention(keep_leading(tokens, asking), qkv, bias), qkv
 
     @final
     def __call__(self, tokens: Tokens, bias: Tensor | None = None) -> Tokens:
@@ -110,6 +129,7 @@ class BackboneSpec:
     num_prefix: int
     has_class_token: bool
     num_classes: int
+    has_probe: bool = False  # whether the head pools by attention with one learnt query
 
     @property
     def depth(self) -> int:
@@ -119,6 +139,9 @@ class BackboneSpec:
 
 class Finish(Protocol):
     """What an answer asks of a method."""
+
+    @property
+    def merges(self) -> bool: ...
 
     def finish(self, tokens: Tokens) -> Tokens: ...
 
@@ -144,6 +167,7 @@ class Backbone(ABC):
     spec: BackboneSpec
     image_shape: tuple[int, int, int]  # (channels, height, width) the host was built for
     head_reads_patches: bool  # False where the head reads prefix tokens alone
+    head_reads_grid: bool = False  # True where it reads a token for each patch, in its place
 
     @abstractmethod
     def __init__(self, model: nn.Module) -> None: ...
@@ -163,6 +187,20 @@ class Backbone(ABC):
     @abstractmethod
     def head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Return logits (B, classes), or what enters the classifier, from normed features (B, P + N, C)."""
+
+    def probe_qkv(self, tokens: Tokens) -> QKV:
+        """Return what the pooling head's attention would see, were these the last tokens.
+
+        For hosts with `spec.has_probe`: one query, (B, H, 1, D), no values, and keys of which the last N are
+        those of the patch tokens.
+        """
+        raise NotImplementedError
+
+    def with_probe(self, blocks: Sequence[Block]) -> Sequence[Block]:
+        """Return the views of blocks, which know the pooling head's probe, if there is one."""
+        for block in blocks:
+            block.probe = self.probe_qkv if self.spec.has_probe else None
+        return blocks
 
     def masked_head(self, features: Tensor, mask: Tensor) -> Tensor:
         """Return `head` of the patch rows that take part alone; default: for heads that read no patches.
@@ -193,6 +231,16 @@ class Backbone(ABC):
         A name that ends in "distilled" learns from the teacher, if there is one.
         """
         return {}
+
+    def classifier(self) -> Any:
+        """Return the host's classifier; default: it says itself."""
+        host: Any = next(self.bypassed())
+        return host.get_classifier()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give the host a fresh classifier; default: it does so itself."""
+        host: Any = next(self.bypassed())
+        host.reset_classifier(num_classes, global_pool)
 
     def answer(self, road: Road, images: Tensor, **arguments: Any) -> Any:
         """Return what the host's own call returns, its blocks run by `road`; default: logits (B, classes).

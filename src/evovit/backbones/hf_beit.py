@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from evovit.backbones import adapter
 from evovit.backbones.hf_blocks import HFBlock, full
 from evovit.backbones.hf_trunk import HFTrunk
-from evovit.ops.select import prefix_queries
+from evovit.ops.select import leading_queries
 from evovit.tokens import QKV, Tokens
 
 
@@ -63,8 +63,8 @@ class BeitBlock(HFBlock):
     def queries_keys(self, tokens: Tokens) -> QKV:
         return self.with_bias(super().queries_keys(tokens), tokens)
 
-    def prefix_qkv(self, tokens: Tokens) -> QKV:
-        return prefix_queries(self.qkv(tokens), tokens.num_prefix)
+    def leading_qkv(self, tokens: Tokens, count: int) -> QKV:
+        return leading_queries(self.qkv(tokens), count)
 
     def ended(self, branch: Tensor, which: int) -> Tensor:
         scale = (self.block.lambda_1, self.block.lambda_2)[which]

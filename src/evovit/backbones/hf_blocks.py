@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from evovit.backbones.base import Block, Mix, expect_class, expect_parts, mixed_values
-from evovit.ops.select import take_heads
+from evovit.ops.select import keep_leading, take_heads
 from evovit.tokens import QKV, Tokens
 
 
@@ -61,8 +61,9 @@ class HFBlock(Block):
         return self.split_heads(y)
 
     def split_heads(self, y: Tensor) -> Tensor:
-        """Return (B, T, H * D) as (B, H, T, D)."""
-        return y.reshape(*y.shape[:2], -1, self.attn.head_dim).transpose(1, 2)
+        """Return (B, T, H * D) as (B, H, T, D), also where T is 0."""
+        size: int = self.attn.head_dim
+        return y.reshape(*y.shape[:2], y.shape[2] // size, size).transpose(1, 2)
 
     def placed(self, x: Tensor, tokens: Tokens) -> Tensor:
         """Tell queries or keys (B, H, T, D) their tokens' places; default: the embedding did."""
@@ -71,6 +72,9 @@ class HFBlock(Block):
     def ended(self, branch: Tensor, which: int) -> Tensor:
         """End the attention's (0) or the FFN's branch (1): LayerScale, dropout, drop path; default: none."""
         return branch
+
+    def attention_input(self, tokens: Tokens) -> Tensor:
+        return self.normed(tokens.x, 0)
 
     def qkv(self, tokens: Tokens) -> QKV:
         x = self.normed(tokens.x, 0)
@@ -92,10 +96,13 @@ class HFBlock(Block):
         v = self.projected(self.normed(tokens.x, 0), "v")
         return QKV(v[:, :, :0], v[:, :, :0], v, self.scale)
 
-    def prefix_qkv(self, tokens: Tokens) -> QKV:
+    def leading_qkv(self, tokens: Tokens, count: int) -> QKV:
         x = self.normed(tokens.x, 0)
+        q = self.projected(x[:, :count], "q")
+        if count > tokens.num_prefix:  # the prefix has no place on the grid
+            q = self.placed(q, keep_leading(tokens, count))
         k, v = self.placed(self.projected(x, "k"), tokens), self.projected(x, "v")
-        return QKV(self.projected(x[:, : tokens.num_prefix], "q"), k, v, self.scale)
+        return QKV(q, k, v, self.scale)
 
     def qkv_of_rows(self, active: Tokens, scored: QKV, rows: Tensor) -> QKV:
         if scored.v.shape[2]:

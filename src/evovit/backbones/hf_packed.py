@@ -35,6 +35,7 @@ from evovit.backbones.hf_blocks import full
 from evovit.backbones.hf_trunk import HFTrunk, asked_for, check_version
 from evovit.backbones.timm_rope_blocks import rotate, rotation_table
 from evovit.errors import EvoViTError
+from evovit.ops.select import keep_leading
 from evovit.tokens import QKV, Tokens
 
 SIDE = 8  # merge blocks of an image's side where there is none: for checks, and the most an option may say
@@ -74,6 +75,9 @@ class PackedBlock(Block):
         """Return tokens (B, N, unit * C) as patches (B, N * unit, C)."""
         return x.reshape(x.shape[0], x.shape[1] * self.unit, -1)
 
+    def attention_input(self, tokens: Tokens) -> Tensor:
+        return self.block.norm1(self.patches(tokens.x)).reshape(tokens.x.shape)  # type: ignore[no-any-return]
+
     def qkv(self, tokens: Tokens) -> QKV:
         attn, (batch, count) = self.block.attn, tokens.index.shape
         y = attn.qkv(self.block.norm1(self.patches(tokens.x)))
@@ -83,7 +87,8 @@ class PackedBlock(Block):
         every = torch.stack((q, k, v)).reshape(3, *q.shape[:2], count, self.unit, -1)  # (3, B, H, N, unit, D)
         q, k, v = every.mean(4).unbind(0)  # of each merge block, to score it by
         bias, extra = self.hidden(tokens, q.dtype), every.permute(1, 3, 0, 2, 4, 5).flatten(2)
-        return QKV(q, k, v, attn.scaling, bias, extra)
+        length = every[1].float().norm(dim=-1).mean(-1)  # (B, H, N); the mean of keys that differ is short
+        return QKV(q, k, v, attn.scaling, bias, extra, length)
 
     def hidden(self, tokens: Tokens, dtype: torch.dtype) -> Tensor | None:
         """Return what keeps attention within windows, (B, 1, N, N) of 0 and -inf; None: nothing does."""
@@ -94,6 +99,12 @@ class PackedBlock(Block):
         return torch.zeros(apart.shape, dtype=dtype, device=own.device).masked_fill(apart, -torch.inf)[
             :, None
         ]
+
+    def attend(
+        self, tokens: Tokens, bias: Tensor | None = None, asking: int | None = None
+    ) -> tuple[Tokens, QKV]:
+        after, qkv = super().attend(tokens, bias)  # `extra` holds the queries of all
+        return (after if asking is None else keep_leading(after, asking)), qkv
 
     def attention(
         self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None, mix: Mix | None = None
@@ -257,7 +268,8 @@ class HFPacked(HFTrunk):
             tokens, trace = road.blocks(whole, maps, record=len(steps) > 1)
             places.append(place)
             for part, step in zip(parts, steps, strict=True):
-                part.append(self.all_of(road.method.finish(tokens if step is None else trace[step])))
+                after = road.method.finish(tokens if step is None else trace[step])
+                part.append(self.all_of(after, rows * columns))
         back = torch.cat(places).argsort()
         found = [torch.cat(part)[back] for part in parts]
         answer = self.answered(found, self.order(arguments["grid_thw"]))
@@ -274,11 +286,11 @@ class HFPacked(HFTrunk):
                 start += rows * columns
         return found
 
-    def all_of(self, tokens: Tokens) -> Tensor:
-        """Return every merge block of the frames, one after another; raises where a method dropped some."""
-        if tokens.num_patches != tokens.num_cells:
+    def all_of(self, tokens: Tokens, count: int) -> Tensor:
+        """Return all `count` merge blocks of each frame, one after another; raises where some are gone."""
+        if tokens.num_patches != count:
             raise EvoViTError(
-                f"The method leaves {tokens.num_patches} of {tokens.num_cells} merge blocks, and a packed "
+                f"The method leaves {tokens.num_patches} of {count} merge blocks, and a packed "
                 "tower gives each its place; choose one that brings all back: evo_vit, idle_vit or tome."
             )
         return tokens.x.flatten(0, 1)

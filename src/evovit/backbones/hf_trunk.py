@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from evovit.backbones.base import (
     Backbone,
     BackboneSpec,
-    Block,
     Road,
     Stage,
     class_path,
@@ -83,6 +82,7 @@ class HFTrunk(Backbone):
             num_prefix=self.count_prefix(),
             has_class_token=self.count_prefix() > 0,
             num_classes=0,
+            has_probe=self.has_probe(),
         )
 
     def spec_with(self, num_classes: int) -> BackboneSpec:
@@ -101,6 +101,10 @@ class HFTrunk(Backbone):
     def count_prefix(self) -> int:
         """Return P."""
         return self.num_prefix
+
+    def has_probe(self) -> bool:
+        """Tell whether a pooling head with one learnt query is there."""
+        return False
 
     def blocks(self) -> list[HFBlock]:
         """Return fresh views of the blocks."""
@@ -125,8 +129,7 @@ class HFTrunk(Backbone):
         return images.shape[2] // self.patch_size[0], images.shape[3] // self.patch_size[1]
 
     def stages(self) -> Sequence[Stage]:
-        blocks: Sequence[Block] = self.blocks()
-        return [Stage(None, blocks)]
+        return [Stage(None, self.with_probe(self.blocks()))]
 
     def norm(self, x: Tensor) -> Tensor:
         return x if self.norm_name is None else getattr(self.model, self.norm_name)(x)
@@ -142,6 +145,15 @@ class HFTrunk(Backbone):
         if pooled is not None:
             return pooled
         return features[:, 0] if self.spec.has_class_token else features.mean(1)
+
+    def classifier(self) -> Any:
+        raise EvoViTError(
+            f"{type(self.model).__name__} has no classifier; wrap a class that has one, such as "
+            "...ForImageClassification."
+        )
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.classifier()  # says that there is none
 
     def host_features(self, images: Tensor) -> Tensor:
         return self.host_answer(images).last_hidden_state  # type: ignore[no-any-return]
@@ -176,7 +188,14 @@ class HFTrunk(Backbone):
         hidden = asked is not None and asked is not False
         narrow = not hidden and road.narrows(whole)  # the head reads the prefix alone, and nobody else asks
         tokens, trace = road.blocks(whole, self.suited(images), record=hidden, prefix_only=narrow)
+        self.expect_apart(whole, road, tokens)
         tokens = tokens if narrow else road.method.finish(tokens)
+        if self.reads_grid(whole) and self.lost(tokens):
+            raise EvoViTError(
+                f"{type(next(whole.bypassed())).__name__} reads a token for each patch, and "
+                f"{type(road.method).__name__} as configured leaves fewer; choose a method that brings all "
+                "back: evo_vit, idle_vit or tome."
+            )
         if tokens.mask is not None and whole.head_reads_patches:
             whole.masked_head(tokens.x, tokens.mask)  # says why not
         states = None
@@ -184,6 +203,17 @@ class HFTrunk(Backbone):
             states = self.hidden_states([road.method.finish(after) for after in trace], asked)
         answer = self.wrapped(self.norm(tokens.x), states)
         return answer if asked_for(arguments, self.config, "return_dict", True) else answer.to_tuple()
+
+    def reads_grid(self, whole: Backbone) -> bool:
+        """Tell whether the answer needs a token for each patch."""
+        return whole.head_reads_grid
+
+    def lost(self, tokens: Tokens) -> bool:
+        """Tell whether some of the tokens embedded last are gone."""
+        return self.embedded is not None and tokens.x.shape[1] < self.embedded.shape[1]
+
+    def expect_apart(self, whole: Backbone, road: Road, tokens: Tokens) -> None:
+        """Raise `EvoViTError` where padding mixed with what the last block left; default: there is none."""
 
     def suited(self, images: Tensor) -> Tensor:
         """Return images in the type of the weights, as the host does."""
@@ -213,7 +243,7 @@ class HFTrunk(Backbone):
         """
         first: Any = self.embedded
         states = [first, *(tokens.x for tokens in trace)]
-        if any(tokens.num_patches != tokens.num_cells for tokens in trace):
+        if any(self.lost(tokens) for tokens in trace):
             raise EvoViTError(
                 "All tokens after each block are asked for, as hidden states, and the method leaves fewer: "
                 "choose one that keeps the grid (evo_vit, idle_vit, tome), or read "

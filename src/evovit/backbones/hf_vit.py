@@ -83,6 +83,9 @@ class HFViTMAE(HFViT):
         self.order = None if noise is None else noise.argsort(1)
         return super().answer_within(whole, road, images, **arguments)
 
+    def reads_grid(self, whole: Backbone) -> bool:
+        return super().reads_grid(whole) or self.order is not None
+
     def ordered(self, x: Tensor) -> Tensor:
         """Return tokens (B, 1 + N, C) in the order that the noise asks for."""
         return x if self.order is None else torch.cat((x[:, :1], take(x[:, 1:], self.order)), 1)

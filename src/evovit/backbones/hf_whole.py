@@ -6,18 +6,21 @@ heads, losses and output classes are the host's, and nothing of them is re-state
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from evovit.backbones import adapter, adapter_of
-from evovit.backbones.base import Backbone, Road, Stage
+from evovit.backbones.base import Backbone, Road, Stage, expect_class
 from evovit.backbones.hf_trunk import HFTrunk, check_version, values, with_part
-from evovit.errors import EvoViTError
+from evovit.errors import EvoViTError, shown
 from evovit.tokens import Tokens
 
 CLASSIFIERS = ("classifier", "cls_classifier")
+PLAIN_CLASSIFIERS = ("torch.nn.modules.linear.Linear", "torch.nn.modules.linear.Identity")
 HEADS = (*CLASSIFIERS, "visual_projection")  # parts that give one vector an image, (B, ...)
 CLASS_TOKEN_HEADS = (  # heads that read prefix tokens alone
     *("ViTForImageClassification", "ViTMSNForImageClassification"),
@@ -33,6 +36,11 @@ def find_trunks(model: nn.Module) -> list[tuple[str, nn.Module, type[HFTrunk]]]:
         if path and known is not None and issubclass(known, HFTrunk):
             found.append((path, module, known))
     return found
+
+
+def unwrapped(host: Any) -> Any:
+    """Return a model without the wrapper of PEFT, if it has one."""
+    return host.get_base_model() if hasattr(host, "peft_config") else host
 
 
 @adapter("transformers.modeling_utils.PreTrainedModel", "peft.peft_model.PeftModel")
@@ -59,11 +67,12 @@ class HFWhole(Backbone):
             )
         self.path, trunk, known = found[0]
         self.trunk = known(trunk)
-        inner = host.get_base_model() if hasattr(host, "peft_config") else host  # without PEFT's wrapper
+        inner = unwrapped(host)
         classifies = any(hasattr(inner, name) for name in CLASSIFIERS)
         self.spec = self.trunk.spec_with(inner.num_labels if classifies else 0)
         self.image_shape = self.trunk.image_shape
         self.has_head = any(hasattr(inner, name) for name in HEADS)
+        self.head_reads_grid = not self.has_head  # reconstructs, segments
         self.head_reads_patches = type(inner).__name__ not in CLASS_TOKEN_HEADS
 
     def takes(self, height: int, width: int) -> bool:
@@ -90,6 +99,39 @@ class HFWhole(Backbone):
         answer = self.called(lambda *_, **__: self.trunk.wrapped(features), arguments)
         logits: Tensor | None = getattr(answer, "logits", None)
         return values(answer)[0] if logits is None else logits
+
+    def heads_of(self, inner: Any) -> list[str]:
+        """Return the names of the classifiers, without PEFT's wrapper; raises where there is none."""
+        names = [name for name in (*CLASSIFIERS, "distillation_classifier") if hasattr(inner, name)]
+        for name in names:
+            expect_class(getattr(inner, name), PLAIN_CLASSIFIERS, f"The host's {name}")
+        return names or self.trunk.classifier()  # says that there is none
+
+    def classifier(self) -> Any:
+        """Return the host's classifier; of one with a second for a teacher, both."""
+        inner = unwrapped(self.model)
+        found = tuple(getattr(inner, name) for name in self.heads_of(inner))
+        return found if len(found) > 1 else found[0]
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give the host fresh classifiers, drawn as the host draws its own."""
+        if global_pool is not None:
+            raise EvoViTError(
+                f"global_pool is {shown(global_pool)}, and a host of transformers pools as its class does; "
+                "leave it out."
+            )
+        inner = unwrapped(self.model)
+        names, like = self.heads_of(inner), next(p for p in inner.parameters() if p.is_floating_point())
+        config = copy.deepcopy(inner.config)
+        config.num_labels = num_classes
+        with torch.device("meta"):
+            fresh = type(inner)(config)
+        for name in names:
+            part = getattr(fresh, name).to_empty(device=like.device).to(like.dtype)
+            part.apply(inner._init_weights)
+            setattr(inner, name, part.train(inner.training))
+        inner.num_labels = inner.config.num_labels = num_classes
+        self.spec = self.trunk.spec_with(num_classes)
 
     def answer(self, road: Road, images: Tensor, **arguments: Any) -> Any:
         def part(pixel_values: Tensor, **given: Any) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from evovit.backbones.base import Block, Mix, Stage
-from evovit.ops.select import keep_prefix, prefix_queries
+from evovit.ops.select import keep_leading, leading_queries
 from evovit.tokens import QKV, Tokens
 
 
@@ -25,10 +25,13 @@ class PrefixBlock(Block):
     """A view of a block after whose attention the prefix tokens alone are left (`num_patches` is 0)."""
 
     def __init__(self, block: Block) -> None:
-        self.block, self.number = block, block.number
+        self.block, self.number, self.probe = block, block.number, block.probe
 
     def qkv(self, tokens: Tokens) -> QKV:
         return self.block.qkv(tokens)  # of all rows: a method may choose by them who takes part
+
+    def attention_input(self, tokens: Tokens) -> Tensor:
+        return self.block.attention_input(tokens)
 
     def scoring_qkv(self, tokens: Tokens) -> QKV:
         return self.block.scoring_qkv(tokens)
@@ -42,20 +45,22 @@ class PrefixBlock(Block):
     def values(self, tokens: Tokens) -> QKV:
         return self.block.values(tokens)
 
-    def prefix_qkv(self, tokens: Tokens) -> QKV:
-        return self.block.prefix_qkv(tokens)
+    def leading_qkv(self, tokens: Tokens, count: int) -> QKV:
+        return self.block.leading_qkv(tokens, tokens.num_prefix)
 
-    def attend(self, tokens: Tokens, bias: Tensor | None = None) -> tuple[Tokens, QKV]:
-        qkv = self.prefix_qkv(tokens)
-        return self.attention(tokens, qkv, bias), qkv
+    def attend(
+        self, tokens: Tokens, bias: Tensor | None = None, asking: int | None = None
+    ) -> tuple[Tokens, QKV]:
+        return self.block.attend(tokens, bias, tokens.num_prefix)
 
     def attention(
         self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None, mix: Mix | None = None
     ) -> Tokens:
         if mix is not None:  # it may ask for as many queries as keys
-            return keep_prefix(self.block.attention(tokens, qkv, bias, mix))
-        bias = None if bias is None else bias[..., : tokens.num_prefix, :]
-        return self.block.attention(keep_prefix(tokens), prefix_queries(qkv, tokens.num_prefix), bias)
+            return keep_leading(self.block.attention(tokens, qkv, bias, mix), tokens.num_prefix)
+        count = tokens.num_prefix
+        bias = None if bias is None else bias[..., :count, :]
+        return self.block.attention(keep_leading(tokens, count), leading_queries(qkv, count), bias)
 
     def ffn(self, tokens: Tokens) -> Tokens:
-        return self.block.ffn(keep_prefix(tokens))
+        return self.block.ffn(keep_leading(tokens, tokens.num_prefix))

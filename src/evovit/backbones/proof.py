@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ Adapt = Callable[[nn.Module], Backbone]
 
 class Plain:
     """The road through the host's own blocks, nothing reduced."""
+
+    merges: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.method = self

@@ -16,7 +16,7 @@ from evovit.backbones.base import Block, Mix, expect_class, expect_parts, raster
 from evovit.backbones.timm_relative import biased_output, placed_bias, relative_spec
 from evovit.backbones.timm_rope_blocks import projected, projected_for
 from evovit.backbones.timm_vit import TimmFlat
-from evovit.ops.select import prefix_queries
+from evovit.ops.select import leading_queries
 from evovit.tokens import QKV, Tokens
 
 HOST_PARTS = (
@@ -48,16 +48,19 @@ class BeitBlock(Block):
         expect_class(self.block.attn, ("timm.models.beit.Attention",), what)
         expect_parts(self.block.attn, ATTENTION_PARTS, what)
 
-    def qkv(self, tokens: Tokens) -> QKV:
-        return self._placed(projected(self.block.attn, self.block.norm1(tokens.x)), tokens)
+    def attention_input(self, tokens: Tokens) -> Tensor:
+        return self.block.norm1(tokens.x)  # type: ignore[no-any-return]
 
-    def prefix_qkv(self, tokens: Tokens) -> QKV:
-        x, num_prefix = self.block.norm1(tokens.x), tokens.num_prefix
-        each = projected_for(self.block.attn, x, x[:, :num_prefix])
-        return prefix_queries(self._placed(each, tokens), num_prefix)
+    def qkv(self, tokens: Tokens) -> QKV:
+        return self._placed(projected(self.block.attn, self.attention_input(tokens)), tokens)
+
+    def leading_qkv(self, tokens: Tokens, count: int) -> QKV:
+        x = self.block.norm1(tokens.x)
+        each = projected_for(self.block.attn, x, x[:, :count])
+        return leading_queries(self._placed(each, tokens), count)
 
     def _placed(self, each: Sequence[Tensor], tokens: Tokens) -> QKV:
-        """Return projected q, k, v (B, T or P, H * D) by heads, with the host's bias."""
+        """Return projected q, k, v (B, T or fewer, H * D) by heads, with the host's bias."""
         attn = self.block.attn
         q, k, v = (y.reshape(*y.shape[:2], attn.num_heads, -1).transpose(1, 2) for y in each)  # (B, H, T, D)
         bias = self.shared

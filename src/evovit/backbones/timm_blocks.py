@@ -93,6 +93,9 @@ class PreNormBlock(Block):
         """Return what the attention's projection reads, (B, T, C)."""
         return self.block.norm1(x)  # type: ignore[no-any-return]
 
+    def attention_input(self, tokens: Tokens) -> Tensor:
+        return self.before(tokens.x)
+
     def qkv(self, tokens: Tokens) -> QKV:
         return fused_qkv(self.block.attn, self.before(tokens.x))
 
@@ -127,14 +130,14 @@ class PreNormBlock(Block):
         (v,) = part_of_qkv(attn, x, 2)
         return QKV(v[:, :, :0], v[:, :, :0], v, attn.scale, extra=output_gate(attn, x))
 
-    def prefix_qkv(self, tokens: Tokens) -> QKV:
+    def leading_qkv(self, tokens: Tokens, count: int) -> QKV:
         attn = self.block.attn
         if not has_rows(attn.qkv):
-            return super().prefix_qkv(tokens)
+            return super().leading_qkv(tokens, count)
         x = self.before(tokens.x)
-        prefix = x[:, : tokens.num_prefix]
-        (q,), (k, v) = part_of_qkv(attn, prefix, 0), part_of_qkv(attn, x, 1, count=2)
-        return QKV(attn.q_norm(q), attn.k_norm(k), v, attn.scale, extra=output_gate(attn, prefix))
+        first = x[:, :count]
+        (q,), (k, v) = part_of_qkv(attn, first, 0), part_of_qkv(attn, x, 1, count=2)
+        return QKV(attn.q_norm(q), attn.k_norm(k), v, attn.scale, extra=output_gate(attn, first))
 
     def attention(
         self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None, mix: Mix | None = None

@@ -19,7 +19,7 @@ class ParallelThingsBlock(PreNormBlock):
     """`ParallelThingsBlock`: several attentions summed, then several FFNs; all heads stand side by side."""
 
     parts = ("attns", "ffns")
-    scoring_qkv, qkv_of_rows, prefix_qkv = Block.scoring_qkv, Block.qkv_of_rows, Block.prefix_qkv
+    scoring_qkv, qkv_of_rows, leading_qkv = Block.scoring_qkv, Block.qkv_of_rows, Block.leading_qkv
     queries_keys, values = Block.queries_keys, Block.values
 
     @property
@@ -36,6 +36,9 @@ class ParallelThingsBlock(PreNormBlock):
         yield self.block
         for branch in self.block.attns:
             yield from (branch, branch.attn, branch.attn.attn_drop)
+
+    def before(self, x: Tensor) -> Tensor:
+        return self.block.attns[0].norm(x)  # type: ignore[no-any-return]  # each branch has its own
 
     def qkv(self, tokens: Tokens) -> QKV:
         each = [fused_qkv(branch.attn, branch.norm(tokens.x)) for branch in self.block.attns]
@@ -69,7 +72,7 @@ class ParallelScalingBlock(PreNormBlock):
         *("in_norm", "in_proj", "mlp_bias", "q_norm", "k_norm", "attn_drop", "mlp_drop", "mlp_act"),
         *("out_proj", "attn_out_proj", "mlp_out_proj", "ls", "drop_path"),
     )
-    scoring_qkv, qkv_of_rows, prefix_qkv = Block.scoring_qkv, Block.qkv_of_rows, Block.prefix_qkv
+    scoring_qkv, qkv_of_rows, leading_qkv = Block.scoring_qkv, Block.qkv_of_rows, Block.leading_qkv
     queries_keys, values = Block.queries_keys, Block.values
 
     @property
@@ -82,9 +85,12 @@ class ParallelScalingBlock(PreNormBlock):
     def bypassed(self) -> Iterator[nn.Module]:
         yield from (self.block, self.block.attn_drop)
 
+    def before(self, x: Tensor) -> Tensor:
+        return self.block.in_norm(x)  # type: ignore[no-any-return]
+
     def qkv(self, tokens: Tokens) -> QKV:
         block = self.block
-        hidden, q, k, v = block.in_proj(block.in_norm(tokens.x)).split(block.in_split, dim=-1)
+        hidden, q, k, v = block.in_proj(self.before(tokens.x)).split(block.in_split, dim=-1)
         hidden = hidden if block.mlp_bias is None else hidden + block.mlp_bias
         q, k, v = (y.unflatten(-1, (block.num_heads, block.head_dim)) for y in (q, k, v))
         q, k = block.q_norm(q), block.k_norm(k)

@@ -52,8 +52,11 @@ class RelPosBlock(Block):
         if attn.rel_pos is not None:
             expect_class(attn.rel_pos, POSITIONS, f"The position bias of block {self.number}")
 
+    def attention_input(self, tokens: Tokens) -> Tensor:
+        return self.block.norm1(tokens.x)  # type: ignore[no-any-return]
+
     def qkv(self, tokens: Tokens) -> QKV:
-        return self.placed(fused_qkv(self.block.attn, self.block.norm1(tokens.x)), tokens)
+        return self.placed(fused_qkv(self.block.attn, self.attention_input(tokens)), tokens)
 
     def placed(self, qkv: QKV, tokens: Tokens) -> QKV:
         """Return q, k, v with the host's bias for the tokens present."""
@@ -79,8 +82,8 @@ class ResPostRelPosBlock(RelPosBlock):
 
     parts = ("attn", "norm1", "drop_path1", "mlp", "norm2", "drop_path2")
 
-    def qkv(self, tokens: Tokens) -> QKV:
-        return self.placed(fused_qkv(self.block.attn, tokens.x), tokens)
+    def attention_input(self, tokens: Tokens) -> Tensor:
+        return tokens.x
 
     def attention(
         self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None, mix: Mix | None = None

@@ -60,17 +60,17 @@ def projected(attn: Any, x: Tensor) -> Sequence[Tensor]:
     return y.chunk(3, dim=-1)
 
 
-def projected_for(attn: Any, x: Tensor, prefix: Tensor) -> Sequence[Tensor]:
-    """Project normed tokens x (B, T, C) to k and v, and the first of them, prefix (B, P, C), to q."""
+def projected_for(attn: Any, x: Tensor, first: Tensor) -> Sequence[Tensor]:
+    """Project normed tokens x (B, T, C) to k and v, and the first of them, (B, Q, C), to q."""
     if attn.qkv is None:
-        return attn.q_proj(prefix), attn.k_proj(x), attn.v_proj(x)
+        return attn.q_proj(first), attn.k_proj(x), attn.v_proj(x)
     if not has_rows(attn.qkv):
         q, k, v = projected(attn, x)
-        return q[:, : prefix.shape[1]], k, v
+        return q[:, : first.shape[1]], k, v
     weight, bias = attn.qkv.weight, added_bias(attn)
     bias, size = attn.qkv.bias if bias is None else bias, weight.shape[0] // 3
     of_q, of_kv = (None, None) if bias is None else (bias[:size], bias[size:])
-    return F.linear(prefix, weight[:size], of_q), *F.linear(x, weight[size:], of_kv).chunk(2, dim=-1)
+    return F.linear(first, weight[:size], of_q), *F.linear(x, weight[size:], of_kv).chunk(2, dim=-1)
 
 
 def added_bias(attn: Any) -> Tensor | None:
@@ -83,7 +83,7 @@ def rope_qkv(attn: Any, x: Tensor, tokens: Tokens, table: Tensor | None, asking:
     """Return q, k, v of normed tokens x (B, T, C) as timm's `EvaAttention` and `AttentionRope` do.
 
     Args:
-        asking: P, for queries of the prefix alone; None: of all.
+        asking: the first rows, that have queries, the prefix among them; None: all.
     """
     first = x if asking is None else x[:, :asking]
     q, k, v = projected(attn, x) if asking is None else projected_for(attn, x, first)
@@ -97,7 +97,8 @@ def rope_qkv(attn: Any, x: Tensor, tokens: Tokens, table: Tensor | None, asking:
         rotation = rotation.unsqueeze(1) if table.ndim == 2 else rotation.transpose(0, 1)
         half = attn.rotate_half
         k = rotate(k, rotation, tokens.num_prefix, half).type_as(v)
-        q = (rotate(q, rotation, tokens.num_prefix, half) if asking is None else q).type_as(v)
+        num = q.shape[2] - tokens.num_prefix  # patch tokens that ask
+        q = (rotate(q, rotation[:, :, :num], tokens.num_prefix, half) if num else q).type_as(v)
     groups = attn.num_heads // k.shape[1]
     if groups > 1:  # grouped queries: K < H heads of keys and values
         k, v = (y.repeat_interleave(groups, dim=1) for y in (k, v))
@@ -135,11 +136,14 @@ class EvaBlock(Block):
         """Return what the attention's projections read, (B, T, C)."""
         return self.block.norm1(x)  # type: ignore[no-any-return]
 
+    def attention_input(self, tokens: Tokens) -> Tensor:
+        return self.before(tokens.x)
+
     def qkv(self, tokens: Tokens) -> QKV:
         return rope_qkv(self.block.attn, self.before(tokens.x), tokens, self.table)
 
-    def prefix_qkv(self, tokens: Tokens) -> QKV:
-        return rope_qkv(self.block.attn, self.before(tokens.x), tokens, self.table, tokens.num_prefix)
+    def leading_qkv(self, tokens: Tokens, count: int) -> QKV:
+        return rope_qkv(self.block.attn, self.before(tokens.x), tokens, self.table, count)
 
     def attention(
         self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None, mix: Mix | None = None

@@ -26,7 +26,7 @@ from evovit.backbones.timm_blocks import PostNormBlock, PreNormBlock
 from evovit.backbones.timm_heads import masked_logits
 from evovit.backbones.timm_parallel_blocks import ParallelScalingBlock, ParallelThingsBlock
 from evovit.errors import EvoViTError
-from evovit.tokens import Tokens
+from evovit.tokens import QKV, Tokens
 
 BLOCKS: dict[str, type[PreNormBlock]] = {
     "timm.models.vision_transformer.Block": PreNormBlock,
@@ -61,7 +61,14 @@ def timm_spec(host: Any, num_heads: int) -> BackboneSpec:
         num_prefix=host.num_prefix_tokens,
         has_class_token=host.cls_token is not None,
         num_classes=host.num_classes,
+        has_probe=timm_has_probe(getattr(host, "attn_pool", None)),
     )
+
+
+def timm_has_probe(pool: Any) -> bool:
+    """Tell whether a timm host's pooling has one learnt query, and no places of its own."""
+    known = pool is not None and class_path(pool) == "timm.layers.attention_pool.AttentionPoolLatent"
+    return known and pool.latent_len == 1 and pool.pos_embed is None
 
 
 def timm_grid(host: Any, embedded: Tensor) -> tuple[int, int]:
@@ -89,7 +96,15 @@ class TimmFlat(Backbone):
         """Return fresh views of the blocks."""
 
     def stages(self) -> Sequence[Stage]:
-        return [Stage(None, self.blocks())]
+        return [Stage(None, self.with_probe(self.blocks()))]
+
+    def probe_qkv(self, tokens: Tokens) -> QKV:
+        pool = self.model.attn_pool
+        x = self.norm(tokens.x if self.pools_prefix else tokens.patches)
+        k, q = pool.kv(x).chunk(2, dim=-1)[0], pool.q(pool.latent)
+        q, k = (y.reshape(*y.shape[:2], pool.num_heads, -1).transpose(1, 2) for y in (q, k))
+        q, k = pool.q_norm(q), pool.k_norm(k)
+        return QKV(q.expand(k.shape[0], -1, -1, -1), k, k[:, :, :0], pool.scale)
 
     def norm(self, x: Tensor) -> Tensor:
         return self.model.norm(x)  # type: ignore[no-any-return]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import TypeAdapter
 
 from evovit.bench.profile import Profile
 from evovit.bench.setting import Setting, Variant
@@ -260,23 +261,25 @@ FORMER: dict[str, str] = {
 }
 
 
+AROUND = ("device_name", "driver", "cuda", "torch", "timm", "evovit", "time")  # texts beside a row's own
+
+
 def append_rows(folder: Path, rows: Sequence[Row], around: Record) -> list[Record]:
     """Add rows to `rows.jsonl` of a folder, whole or not at all, and return all it now holds."""
     path = folder / "rows.jsonl"
     with hold_folder(folder, wait=True), told(folder):  # another bench may add rows too
-        old = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        lines = [
-            *(line for line in old if line.strip()),
-            *(json.dumps({**around, **asdict(row)}) for row in rows),
-        ]
+        new = [{**around, **asdict(row)} for row in rows]
         try:
+            old = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+            lines = [line for line in old if line.strip()]
             records = [read_record(line) for line in lines]
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise EvoViTError(
                 f"{str(path)!r} has a line that is no JSON of a row ({in_one_line(error)}); move it away."
             ) from error
+        lines += [json.dumps(each) for each in new]
         write_text(path, "".join(line + "\n" for line in lines))
-    return records
+    return records + [json.loads(json.dumps(each)) for each in new]
 
 
 def name_of(record: Record) -> str:
@@ -288,3 +291,13 @@ def read_record(line: str) -> Record:
     """Return the row of a line; a name of the former version becomes the one it has now."""
     found: dict[str, Any] = dict(json.loads(line))
     return {FORMER.get(name, name): value for name, value in found.items()}
+
+
+def is_whole(record: Record) -> bool:
+    """Tell whether a record has what a report shows: a row, finite and of its types, and its surroundings."""
+    own = {name: value for name, value in record.items() if name in Row.__dataclass_fields__}
+    try:
+        TypeAdapter(Row).validate_json(json.dumps(own, allow_nan=False), strict=True)
+    except ValueError:
+        return False
+    return all(isinstance(record.get(name, 0), str | None) for name in AROUND)

@@ -13,14 +13,14 @@ from evovit.backbones import adapt
 from evovit.bench.exported import EXPORTED
 from evovit.bench.step import DTYPES, ENGINES, Batch
 from evovit.engines.exporting import TARGETS
-from evovit.errors import EvoViTError, check_choice, check_count, nearest, shown
+from evovit.errors import EvoViTError, check_choice, check_count, check_ratio, nearest, shown
 from evovit.hosts import check_name, create_host
 from evovit.methods import DENSE, build_config, find_method, list_methods
 from evovit.model import LastBlock, reduce_tokens
 from evovit.options import read_assignment, read_named
 
 ALL = "all"  # stands for every method
-LAST_BLOCK = "last_block"  # an option of `reduce_tokens`, beside the method's own
+LAST_BLOCK, BUDGET = "last_block", "budget"  # options of a reduced model, beside the method's own
 MOST = {"batch": 1_000_000, "rounds": 100_000, "threads": 1024, "size": 16384}
 NUM_BATCHES = 4  # distinct inputs, used in turn
 
@@ -36,7 +36,9 @@ class Variant:
         """Return the method's `Config`; raises `EvoViTError` for a wrong option."""
         if LAST_BLOCK in self.options:
             check_choice(LAST_BLOCK, self.options[LAST_BLOCK], get_args(LastBlock))
-        own = {name: value for name, value in self.options.items() if name != LAST_BLOCK}
+        if BUDGET in self.options:
+            check_ratio(BUDGET, self.options[BUDGET])
+        own = {name: value for name, value in self.options.items() if name not in (LAST_BLOCK, BUDGET)}
         return build_config(find_method(self.method), own)
 
     def __str__(self) -> str:
@@ -141,7 +143,10 @@ def parse_batch(text: str) -> int:
 
 
 def parse_variants(
-    methods: Sequence[str], options: Sequence[str], keep_ratios: Sequence[float] = ()
+    methods: Sequence[str],
+    options: Sequence[str],
+    keep_ratios: Sequence[float] = (),
+    budgets: Sequence[float] = (),
 ) -> list[Variant]:
     """Return the variants asked for; checks methods and options before anything runs.
 
@@ -150,6 +155,7 @@ def parse_variants(
             "all" is every method, each with those of the options that it has.
         options: option=value, for every method.
         keep_ratios: each makes a variant of every method.
+        budgets: the same for methods of any options: the share kept, as `ReducedViT.budget` means it.
     """
     shared = dict(read_assignment(text, "keep_ratio=0.5") for text in options)
     variants: list[Variant] = []
@@ -162,7 +168,10 @@ def parse_variants(
             raise EvoViTError(
                 f"keep_ratio of {name} is given twice, as an option and by --keep-ratio; give one."
             )
+        if keep_ratios and budgets:
+            raise EvoViTError("--keep-ratio and --budgets both say how much is kept; give one.")
         each_asked = [{"keep_ratio": ratio} | asked for ratio in keep_ratios] or [asked]
+        each_asked = [asked | {BUDGET: budget} for budget in budgets] or each_asked
         if name == ALL:
             variants += _of_all(each_asked)
         else:
@@ -175,7 +184,7 @@ def parse_variants(
 def _of_all(each_asked: Sequence[dict[str, Any]]) -> list[Variant]:
     """Return every method with those of the options it has; an option that none has is refused."""
     known = {
-        name: {LAST_BLOCK, *(f.name for f in fields(find_method(name).Config))}
+        name: {LAST_BLOCK, BUDGET, *(f.name for f in fields(find_method(name).Config))}
         for name in list_methods()
         if name != DENSE
     }
@@ -228,9 +237,13 @@ def build_models(host: nn.Module, variants: Sequence[Variant], train: bool) -> l
         train: whether a training step is measured, which computes all rows of the last block.
     """
     whole = {LAST_BLOCK: "all"} if train else {}
-    wrapped = [
-        reduce_tokens(host, v.method, verify=i == 0, **(v.options | whole)) for i, v in enumerate(variants)
-    ]
+    wrapped: list[nn.Module] = []
+    for i, variant in enumerate(variants):
+        options = variant.options | whole
+        budget = options.pop(BUDGET, None)
+        model = reduce_tokens(host, variant.method, verify=i == 0, **options)
+        model.budget = budget
+        wrapped.append(model)
     return [host, *wrapped]
 
 

@@ -41,8 +41,8 @@ def describe(host: nn.Module, name: str | None = None, options: Mapping[str, Any
     if name is None and type(host).__module__.startswith(OURS):
         found = _of_transformers(host)
     else:
-        found = {"timm": name or _name_of(host), "options": dict(options)}
-        if not found["timm"]:
+        found = {"timm": _name_of(host) if name is None else name, "options": dict(options)}
+        if name is None and not found["timm"]:
             return {}
         if name is None:
             found["options"] = _arguments(host, found["timm"])
@@ -65,7 +65,13 @@ def describe(host: nn.Module, name: str | None = None, options: Mapping[str, Any
 def build(found: Mapping[str, Any]) -> nn.Module:
     """Build a host as `describe` tells, with fresh weights, in evaluation mode."""
     if "timm" in found:
-        return create_host(found["timm"], found.get("options", {}), what="host").eval()
+        name, options = found["timm"], found.get("options", {})
+        if not isinstance(name, str) or not isinstance(options, Mapping):
+            raise EvoViTError(
+                f"The host is told as {shown(name)} with {shown(options)}; give a name of timm and a table "
+                "of its arguments."
+            )
+        return create_host(name, options, what="host").eval()
     try:
         cls, config_class = (_class(found[key]) for key in ("transformers", "config_class"))
         config = config_class.from_dict(dict(found["config"]))

@@ -135,11 +135,20 @@ def _load_evo_vit(
 
 
 def _load_deit(
-    name: str, state: dict[str, Tensor], *, num_heads: int | None = None, img_size: Any = None, **options: Any
+    name: str,
+    state: dict[str, Tensor],
+    *,
+    num_heads: int | None = None,
+    img_size: Any = None,
+    pool: Mapping[str, Any] = {},
+    **options: Any,
 ) -> ReducedViT:
     """Load a checkpoint with DeiT's own keys; the positions are resized to `img_size` as the releases do.
 
     LV-ViT's keys are known too; the method's defaults are then those released for LV-ViT.
+
+    Args:
+        pool: of the host, how its head pools.
     """
     if in_lv_vit_layout(state):
         return _on_lv_vit(name, state, num_heads=num_heads, img_size=img_size, **options)
@@ -165,6 +174,7 @@ def _load_deit(
             num_heads=num_heads,
             mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
             qkv_bias="blocks.0.attn.qkv.bias" in state,
+            **pool,
         )
         grid = (height // patch[0], width_px // patch[1])
         host.load_state_dict(state | {"pos_embed": _resize_positions(state["pos_embed"], side, grid)})
@@ -191,6 +201,7 @@ def _on_lv_vit(
     blocks = {"blocks": (quarter, 2 * quarter, 3 * quarter)}
     released: dict[str, dict[str, Any]] = {
         "evit": blocks,
+        "ats": blocks,
         "dynamic_vit": blocks | {"token_loss": "divergence"},
         "idle_vit": {"start_block": quarter, "group_length": quarter, "compared": "active"},
     }
@@ -211,6 +222,50 @@ def _load_dynamic_vit(state: dict[str, Tensor], **options: Any) -> ReducedViT:
     except RuntimeError as error:
         count = len(model.method.config.blocks)
         raise EvoViTError(f"The predictors do not fit the {count} blocks: {in_one_line(error)}.") from error
+    return model
+
+
+def _load_ats(state: dict[str, Tensor], **options: Any) -> ReducedViT:
+    """Load DeiT's keys; the rows of zeros that the released sampling blocks store are left."""
+    released: dict[str, Any] = {"keep_ratio": 1.0, "softmax": "released"}  # a point for each patch
+    state = {key: value for key, value in state.items() if not key.endswith("out_zero_mask")}
+    return _load_deit("ats", state, **(released | options))
+
+
+def _load_cropr(state: dict[str, Tensor], *, global_pool: str = "token", **options: Any) -> ReducedViT:
+    """Load timm's keys and the routers'; their options are read from the tensors, but not `router_heads`.
+
+    Routers and auxiliary heads in the file that the options do not ask for are left.
+    """
+    own = {key: value for key, value in state.items() if key.startswith("cropr.")}
+    numbers = {int(key.split(".")[1]) for key in own if key.split(".")[1].isdecimal()}
+    first = {key.removeprefix("cropr.0.") for key in own}
+    if "cross_attn.queries" not in first:
+        raise EvoViTError(
+            "This is not an official cropr checkpoint: 'cropr.0.cross_attn.queries' is missing. Load "
+            "another model's weights into its own host and wrap that with evovit.reduce_tokens."
+        )
+    depth = sum(key.endswith(".attn.qkv.weight") for key in state)
+    width, hidden = own["cropr.0.cross_attn.queries"].shape[-1], own.get("cropr.0.cross_attn.mlp.fc1.weight")
+    read = {
+        "llf": len(numbers) < depth - 1,
+        "num_queries": own["cropr.0.cross_attn.queries"].shape[1],
+        "auxiliary": "head.norm.weight" in first,
+        "pre_attn_norm": "cross_attn.attn_norm.weight" in first,
+        **{f"{each}_proj": f"cross_attn.{each}.weight" in first for each in ("q", "k", "v")},
+        "qkv_bias": any(f"cross_attn.{each}.bias" in first for each in ("q", "k", "v")),
+        "mlp": hidden is not None,
+        "mlp_ratio": 4.0 if hidden is None else hidden.shape[0] / width,
+    }
+    unused = "norm." if global_pool == "avg" else "fc_norm."
+    host = {key: value for key, value in state.items() if key not in own and not key.startswith(unused)}
+    pool = {"global_pool": global_pool, "pool_include_prefix": global_pool == "avg"}
+    model = _load_deit("cropr", host, pool=pool, **(read | options))
+    wanted = model.method.state_dict()
+    try:
+        model.method.load_state_dict({key: value for key, value in own.items() if key in wanted})
+    except RuntimeError as error:
+        raise EvoViTError(f"The routers do not fit the options: {in_one_line(error)}.") from error
     return model
 
 
@@ -238,6 +293,8 @@ LOADERS: dict[str, Callable[..., nn.Module]] = {
     "evit": partial(_load_deit, "evit"),
     "idle_vit": partial(_load_deit, "idle_vit"),
     "dynamic_vit": _load_dynamic_vit,
+    "ats": _load_ats,
+    "cropr": _load_cropr,
     "lv_vit": load_lv_vit,
     "sit": load_sit,
     "levit": load_levit,

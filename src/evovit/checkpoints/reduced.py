@@ -8,7 +8,8 @@ checksum of every file and is written after them: a save that was cut off leaves
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +34,7 @@ from evovit.runtime.files import (
 )
 
 MANIFEST, METHOD, MODEL = "method.json", "method.safetensors", "model.safetensors"
+OF_BUDGETS = "statistics."  # begins the name of a tensor of batch norms at a budget
 NEW = "new."  # begins the name of a file that takes its place once the manifest tells its checksum
 
 
@@ -56,24 +58,29 @@ def save_reduced(
     """
     folder = as_path(folder, "folder")
     check_kind("reduced", reduced, ReducedViT, "what reduce_tokens returns")
+    if host is not None:
+        check_kind("host", host, str, "timm's name of the host, or None")
+    check_kind("host_options", host_options, Mapping, "a table of timm's arguments")  # type: ignore[type-abstract]
     described = describe(reduced.model, host, host_options)
     config = reduced.method.current_config()
     if folder.exists() and not folder.is_dir():
         raise EvoViTError(f"{shown(folder)} is a file; give a folder to save into.")
-    states = {METHOD: reduced.method.state_dict()}
-    if include_model:
-        states[MODEL] = reduced.model.state_dict()
+    with largest_budget(reduced):
+        states = {METHOD: _clones(reduced.method, "") | _clones(reduced.statistics, OF_BUDGETS)}
+        if include_model:
+            states[MODEL] = _clones(reduced.model, "")
     with told(folder):
         _complete(folder)
         for name, state in states.items():
-            tensors = {key: value.detach().clone().contiguous() for key, value in state.items()}
-            write_atomically(folder / f"{NEW}{name}", partial(save_file, tensors))
+            write_atomically(folder / f"{NEW}{name}", partial(save_file, state))
         content = {
             "evovit": version("evovit"),
             "host": f"{type(reduced.model).__module__}.{type(reduced.model).__qualname__}",
             "method": name_of(reduced.method),
             "options": {name: getattr(config, name) for name in config.__dataclass_fields__},
             "last_block": reduced.last_block,
+            "budgets": reduced.budgets,
+            "budget": reduced.budget,
             "build": described,
             "includes_model": include_model,
             "files": {name: hash_file(folder / f"{NEW}{name}") for name in states},
@@ -114,12 +121,41 @@ def load_reduced(folder: str | Path, model: nn.Module | None = None) -> ReducedV
     if saved is not None:
         check_fit(model, saved, f"The saved host in {shown(folder)}", f"this {type(model).__name__}")
     config = build_config(find_method(content["method"]), content["options"])
-    reduced = reduce_tokens(model, config, last_block=content["last_block"])
-    check_fit(reduced.method, own, f"The saved method in {shown(folder)}", content["method"])
-    reduced.method.load_state_dict(own)
+    reduced = reduce_tokens(model, config, last_block=content["last_block"], budgets=content["budgets"])
+    what = f"The saved method in {shown(folder)}"
+    parts: list[tuple[nn.Module, dict[str, Tensor]]] = [
+        (reduced.method, {k: v for k, v in own.items() if not k.startswith(OF_BUDGETS)})
+    ]
+    if reduced.statistics is not None:
+        kept = {k.removeprefix(OF_BUDGETS): v for k, v in own.items() if k.startswith(OF_BUDGETS)}
+        parts.append((reduced.statistics, kept))
+    for module, state in parts:
+        check_fit(module, state, what, content["method"])
+    for module, state in parts:
+        module.load_state_dict(state)
     if saved is not None:
         model.load_state_dict(saved)
+    reduced.budget = content["budget"]
     return reduced
+
+
+@contextmanager
+def largest_budget(reduced: ReducedViT) -> Iterator[None]:
+    """Let the largest budget, if there are several, be in force; the host then holds its statistics."""
+    before = reduced.budget
+    if reduced.budgets:
+        reduced.budget = reduced.budgets[0]
+    try:
+        yield
+    finally:
+        if reduced.budgets:
+            reduced.budget = before
+
+
+def _clones(module: nn.Module | None, prefix: str) -> dict[str, Tensor]:
+    """Return a module's state as tensors of their own; None has none."""
+    state = {} if module is None else module.state_dict()
+    return {f"{prefix}{key}": value.detach().clone().contiguous() for key, value in state.items()}
 
 
 def _complete(folder: Path) -> None:
@@ -137,7 +173,7 @@ def _complete(folder: Path) -> None:
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise EvoViTError(f"There is no {shown(path)}; give a folder written by save_reduced.")
-    older = {"files": {}, "build": {}, "last_block": "prefix"}  # what older ones lack
+    older: dict[str, Any] = {"files": {}, "build": {}, "last_block": "prefix", "budgets": [], "budget": None}
     content = older | read_json(path, "evovit")
     kinds = {"method": str, "options": dict, "includes_model": bool, "files": dict, "build": dict}
     wrong = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]

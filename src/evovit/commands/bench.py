@@ -15,6 +15,7 @@ def bench(
     method: tuple[str, ...] = ("evo_vit",),
     options: tuple[str, ...] = (),
     keep_ratio: tuple[float, ...] = (),
+    budgets: tuple[float, ...] = (),
     engine: tuple[str, ...] = (),
     precision: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--dtype"])] = ("fp32",),
     batch: tuple[str, ...] = ("1",),
@@ -42,6 +43,7 @@ def bench(
             not read; last_block=all computes that in a reduced model too.
         options: option=value for every method given.
         keep_ratio: short for the option keep_ratio; several give a row each.
+        budgets: the share of patch tokens kept, for each method a row each, whatever its options are called.
         engine: eager, compiled, graphs (a CUDA graph of the compiled step), frozen (packed weights), aoti,
             onnxruntime, openvino; default: eager, compiled and, on CUDA, graphs.
         precision: fp32, tf32 (CUDA), bf16, fp16, int8 (onnxruntime, openvino).
@@ -77,7 +79,7 @@ def bench(
     def log(line: str, style: str = "dim") -> None:
         console.print(printable(line), style=style, markup=False, highlight=False)
 
-    variants = parse_variants(method, options, keep_ratio)
+    variants = parse_variants(method, options, keep_ratio, budgets)
     settings = parse_settings(
         models,
         precision,

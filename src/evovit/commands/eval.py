@@ -15,6 +15,7 @@ def eval(
     pretrained: bool = False,
     images: Path | None = None,
     method: tuple[str, ...] = (),
+    budgets: tuple[float, ...] = (),
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     device: str = "",
     workers: int | None = None,
@@ -34,6 +35,7 @@ def eval(
         pretrained: of a timm model: the published weights, which are downloaded.
         images: folder with a sub-folder of images for each class; default: the test images of the run.
         method: NAME or NAME:option=value,option=value; each is tested on the same weights, dense beside it.
+        budgets: keep ratios; each reduced model is tested at each. Default: those a run was trained for.
         set: table.key=value, over what the recipe of the run says: another keep ratio, another precision.
         device: auto, cpu or cuda; default: as the recipe of the run says, or auto.
         workers: processes that read images; default: as the recipe of the run says, or 4.
@@ -54,6 +56,6 @@ def eval(
     else:
         tested = named_model(model, weights, pretrained, images, told)
     with join_world(tested.recipe.run.device) as world:
-        for line in test_lines(tested, method, world):
+        for line in test_lines(tested, method, world, budgets):
             if world.is_main:
                 print(line, flush=True)

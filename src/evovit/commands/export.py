@@ -27,6 +27,8 @@ def export(
     $ evovit export runs/evo/seed0 --to openvino --precision int8 --batch 1 --calibration photos
     $ python exports/deit_small_patch16_224/run.py photo.jpg
 
+    A model with budgets gets a folder for each of them.
+
     Args:
         model: a timm name, the folder of a run of evovit train, or one written by save_reduced.
         method: NAME or NAME:option=value,option=value, of a timm name or a dense run; default: none.
@@ -64,8 +66,11 @@ def export(
     if said:
         print(f"evovit: {said}")
     base = out or Path("exports") / "_".join(Path(model).parts[-2:])
-    for kind in precision:
+    budgets = opened.budgets if isinstance(opened, ReducedViT) else ()
+    for kind, budget in [(kind, budget) for kind in precision for budget in budgets or (None,)]:
         folder = base if len(precision) == 1 else base / kind
+        if budget is not None and isinstance(opened, ReducedViT):
+            opened.budget, folder = budget, folder / f"budget_{budget:g}"
         for each in to:
             entry = export(
                 opened,

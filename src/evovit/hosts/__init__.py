@@ -32,6 +32,9 @@ def check_name(name: str, what: str = "model") -> str:
         raise EvoViTError(
             f"{what} is {shown(name)}, which timm does not know.{nearest(name, timm.list_models())}"
         )
+    bare, _, tag = name.partition(".")
+    if tag and bare in models.list_models():
+        raise EvoViTError(f"{what} is {shown(name)}, but {bare} has no weights to choose; leave .{tag} out.")
     return name
 
 

@@ -64,7 +64,7 @@ def name_of(method: Method) -> str:
 
 def build_config(cls: type[Method], options: dict[str, Any]) -> Any:
     """Return the method's `Config`; raises `EvoViTError` for an unknown option or a wrong value."""
-    return build(cls.Config, options, cls.__name__)
+    return build(cls.Config, cls.Config.renamed(options), cls.__name__)
 
 
 for _module in iter_modules(__path__):

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from evovit.backbones.base import BackboneSpec, Block, Stage
 from evovit.errors import EvoViTError, check_count
+from evovit.ops.mask import masked_attention
 from evovit.ops.restore import rows_by_place
-from evovit.options import Options
+from evovit.ops.squeeze import Squeezed
+from evovit.options import Count, Options, option
 from evovit.schedule import KeepSchedule
 from evovit.tokens import Outputs, Tokens
+
+
+class Ranking(NamedTuple):
+    """What a selection ranks patch tokens by."""
+
+    score: Tensor  # (B, N) float32; the highest stay
+    index: Tensor  # type: ignore[assignment]  # (B, N) int64, the raster position of each; -1 without one
 
 
 class Method(nn.Module, ABC):
@@ -31,10 +43,11 @@ class Method(nn.Module, ABC):
     learns_from_teacher: bool = False  # `losses` reads the teacher's features; options may turn it off
     reads_teacher_trace: bool = False  # `losses` compares with the teacher after every block
     needs_teacher: bool = False  # some parameters learn through such `losses` alone
-    merges: ClassVar[bool] = False  # a patch token that goes lives on in another; `row_of_cell` tells which
+    merges: bool = False  # a patch token that goes lives on in another; `row_of_cell` tells which
     keeps_places: bool = True  # some patch tokens left keep a place of their own on the grid
     trains_twice: bool = False  # `second_start` gives a second pass for each training step
     samples_in_training: ClassVar[bool] = False  # each training forward draws anew; evaluation never does
+    relaxes_in_training: ClassVar[bool] = False  # training computes a smooth form of what evaluation does
     keep_all: ClassVar[dict[str, Any]] = {}  # options under which nothing is reduced: the host, exactly
     example: ClassVar[dict[str, Any]] = {}  # options that reduce a host of four blocks
     schedule: KeepSchedule  # of a method that keeps a set share of tokens
@@ -43,6 +56,11 @@ class Method(nn.Module, ABC):
     @dataclass(frozen=True, kw_only=True)
     class Config(Options):
         """The method's options, as a recipe's [method] table has them."""
+
+        @classmethod
+        def renamed(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
+            """Return options by today's names; saved folders and recipes may be of an older version."""
+            return options
 
     def __init__(self, config: Any, spec: BackboneSpec) -> None:
         super().__init__()
@@ -70,6 +88,23 @@ class Method(nn.Module, ABC):
             )
         super().__setattr__(name, value)
 
+    def plan(self, config: Any) -> None:
+        """Set the counts that follow from these options; methods with `keep_ratio` or the like do."""
+
+    def config_at(self, budget: float) -> Any:
+        """Return the options under which the method keeps this share, (0, 1]; default: of `keep_ratio`."""
+        name = type(self).__name__
+        if not hasattr(self.config, "keep_ratio") or type(self).plan is Method.plan:
+            raise EvoViTError(f"{name} has no keep ratio that a budget could set.")
+        if getattr(self.config, "keep_per_block", None) is not None:
+            raise EvoViTError(f"keep_per_block already says what {name} keeps; budgets need keep_ratio.")
+        return replace(self.config, keep_ratio=budget)
+
+    def set_budget(self, budget: float | None) -> None:
+        """Reduce as with `config_at(budget)`, or with None as the options say; weights stay as they are."""
+        self.full_schedule, self.reduction = None, 1.0
+        self.plan(self.config if budget is None else self.config_at(budget))
+
     @abstractmethod
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
         """Run one block, reducing as the method does. THE method."""
@@ -89,12 +124,22 @@ class Method(nn.Module, ABC):
     def row_of_cell(self, tokens: Tokens, grid: tuple[int, int]) -> Tensor:
         """Return the row of the patch token that each cell is part of, (B, cells) int64, -1: of none.
 
-        Default: the token with that place.
+        Default: the token with that place, or the one that it was squeezed into.
 
         Args:
             grid: (rows, columns) when the stage began.
         """
+        if isinstance(tokens.carry, Squeezed):
+            return tokens.carry.source
         return rows_by_place(tokens.index, grid[0] * grid[1])
+
+    def ranking(self, block: Block, tokens: Tokens) -> Ranking | None:
+        """Return what the selection in this block ranks by, for pictures; default: None, it has none.
+
+        Args:
+            tokens: as `run_block` gets them, in evaluation.
+        """
+        return None
 
     def extra_logits(self, tokens: Tokens) -> dict[str, Tensor]:
         """Return logits (B, classes) for the training loss by name; default: the assisted head's, if any."""
@@ -107,7 +152,11 @@ class Method(nn.Module, ABC):
 
     def current_config(self) -> Any:
         """Return the options under which a fresh method does what this one does now."""
-        return self.config if self.reduction == 1 else replace(self.config, keep_ratio=self.ratios_now())
+        if self.reduction == 1:
+            return self.config
+        if getattr(self.config, "keep_per_block", None) is not None:
+            return replace(self.config, keep_per_block=self.schedule.counts(math.prod(self.spec.grid)))
+        return replace(self.config, keep_ratio=self.ratios_now())
 
     def ratios_now(self) -> tuple[float, ...]:
         """Return the list that the option `keep_ratio` would be now; default: one per block."""
@@ -156,10 +205,56 @@ class Method(nn.Module, ABC):
         self.schedule = self.full_schedule if share == 1 else replace(self.full_schedule, ratios=ratios)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScheduledConfig(Method.Config):
+    """Options of a method that takes its schedule as one count per block, too."""
+
+    keep_per_block: tuple[Count, ...] | None = option(
+        None,
+        "patch tokens that each block keeps at the host's image size, instead of keep_ratio; one per block",
+    )
+
+
+def falling(counts: Sequence[int]) -> tuple[int, ...]:
+    """Return the blocks where counts fall; raises `EvoViTError` where they rise, for methods that drop."""
+    for number in range(1, len(counts)):
+        if counts[number] > counts[number - 1]:
+            raise EvoViTError(
+                f"keep_per_block rises from {counts[number - 1]} to {counts[number]} at block {number}; "
+                "dropped tokens do not come back: give counts that never rise."
+            )
+    return tuple(number for number in range(1, len(counts)) if counts[number] < counts[number - 1])
+
+
+def schedule_at_blocks(config: Any, spec: BackboneSpec) -> tuple[KeepSchedule, tuple[int, ...]]:
+    """Return the schedule, and the blocks that reduce, of a method that drops at a few `blocks`."""
+    if config.keep_per_block is None:
+        check_blocks(config.blocks, spec.depth)
+        return KeepSchedule.at_blocks(spec.depth, config.keep_ratio, config.blocks), config.blocks
+    counts = config.keep_per_block
+    return KeepSchedule.from_counts(spec.depth, counts, math.prod(spec.grid)), falling(counts)
+
+
+def run_masked(block: Block, tokens: Tokens) -> Tokens:
+    """Run a block on all rows, those masked out hidden from the attention of the others (training)."""
+    mask = F.pad(tokens.taking_part, (tokens.num_prefix, 0), value=1.0)
+    mix = partial(masked_attention, mask=mask)
+    return block.ffn(block.attention(tokens, block.qkv(tokens), mix=mix))
+
+
 def require_class_token(spec: BackboneSpec, what: str, instead: str) -> None:
     """Raise `EvoViTError` where the host has no class token; `instead` is what to choose."""
     if not spec.has_class_token:
         raise EvoViTError(f"{what} needs a class token and this host has none; choose {instead}.")
+
+
+def expect_grid(tokens: Tokens, spec: BackboneSpec, what: str) -> None:
+    """Raise `EvoViTError` unless the tokens lie on the host's own grid; `what` begins the sentence."""
+    if tokens.grid != spec.grid:
+        raise EvoViTError(
+            f"{what} made for a grid of {spec.grid[0]} x {spec.grid[1]} patches and these images have "
+            f"{tokens.grid[0]} x {tokens.grid[1]}; wrap a host of this image size."
+        )
 
 
 def check_blocks(blocks: Sequence[int], depth: int) -> None:

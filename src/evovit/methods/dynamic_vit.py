@@ -1,27 +1,26 @@
 """DynamicViT: small predictors drop patch tokens at a few blocks (Rao et al., NeurIPS 2021).
 
 Evaluation drops all but the best. Training keeps every row: decisions are sampled (Gumbel, straight-through)
-and mask the attention of every block, so that their gradient reaches the predictors.
+and mask the attention of every block, so that their gradient reaches the predictors. `rest="squeeze"` is dTPS
+(Wei et al., CVPR 2023): who goes first joins the most similar token that stays.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from evovit.backbones.base import BackboneSpec, Block
 from evovit.methods import register
-from evovit.methods.base import Method, check_blocks
+from evovit.methods.base import Method, Ranking, ScheduledConfig, run_masked, schedule_at_blocks
 from evovit.ops.distance import kept_distance, logit_divergence
-from evovit.ops.mask import gumbel_keep, gumbel_noise, masked_attention
-from evovit.ops.select import keep_rows, split_top
+from evovit.ops.mask import gumbel_keep, gumbel_noise
+from evovit.ops.select import split_top
+from evovit.ops.squeeze import Rest, Temperature, keep_split, squeeze_masked
 from evovit.options import Number, Ratio, Weight, option
-from evovit.schedule import KeepSchedule
 from evovit.tokens import Tokens
 
 RatioOf = Literal["image", "batch"]
@@ -75,13 +74,15 @@ class DynamicViT(Method):
     example: ClassVar = {"blocks": (1, 3)}
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Method.Config):
+    class Config(ScheduledConfig):
         """Options of DynamicViT; the defaults are the released ones for DeiT-S."""
 
         keep_ratio: Ratio | tuple[Ratio, ...] = option(
             0.7, "r: r, r^2, ... of all patches; a list has one per reducing block"
         )
         blocks: tuple[Number, ...] = option((3, 6, 9), "that start with a decision, counted from 0")
+        rest: Rest = option("drop", "squeeze: who goes joins the most similar token that stays")
+        temperature: Temperature = option(1.0, "of the cosines that weigh who is squeezed")
         ratio_weight: Weight = option(2.0, "of the squared difference between kept share and ratio")
         ratio_of: RatioOf = option("image", "whose kept share that is")
         logit_weight: Weight = option(0.5, "of KL(teacher || student)")
@@ -90,26 +91,27 @@ class DynamicViT(Method):
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        check_blocks(config.blocks, spec.depth)
-        self.schedule = KeepSchedule.at_blocks(spec.depth, config.keep_ratio, config.blocks)
+        self.merges = config.rest == "squeeze"
+        self.plan(config)
         self.learns_from_teacher = config.logit_weight > 0 or config.token_weight > 0
-        self.score_predictor = nn.ModuleList(ScorePredictor(spec.dims[-1]) for _ in config.blocks)
+        self.score_predictor = nn.ModuleList(ScorePredictor(spec.dims[-1]) for _ in self.reducing)
+
+    def plan(self, config: Config) -> None:
+        self.schedule, self.reducing = schedule_at_blocks(config, self.spec)
 
     def ratios_now(self) -> tuple[float, ...]:
-        return tuple(self.schedule.ratios[number] for number in self.config.blocks)
+        return tuple(self.schedule.ratios[number] for number in self.reducing)
 
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
         if not self.training:
             return block(self.drop(tokens, block.number))
-        if block.number in self.config.blocks:
+        if block.number in self.reducing:
             tokens = self.sample(tokens, block.number)
-        mask = F.pad(tokens.taking_part, (tokens.num_prefix, 0), value=1.0)
-        mix = partial(masked_attention, mask=mask)
-        return block.ffn(block.attention(tokens, block.qkv(tokens), mix=mix))
+        return run_masked(block, tokens)
 
     def scores(self, tokens: Tokens, number: int) -> Tensor:
         """Return log-probabilities of keep and drop before block `number`, (B, N, 2) float32."""
-        predictor = self.score_predictor[self.config.blocks.index(number)]
+        predictor = self.score_predictor[self.reducing.index(number)]
         return predictor(tokens.patches, tokens.taking_part)  # type: ignore[no-any-return]
 
     def drop(self, tokens: Tokens, number: int) -> Tokens:
@@ -117,23 +119,32 @@ class DynamicViT(Method):
         keep = self.schedule.count(number, tokens.num_cells)
         if keep is None or keep >= tokens.num_patches:
             return tokens
-        return keep_rows(tokens, split_top(self.scores(tokens, number)[..., 0], keep).rows)
+        split = split_top(self.scores(tokens, number)[..., 0], keep)
+        return keep_split(tokens, split, self.config.rest, self.config.temperature)
+
+    def ranking(self, block: Block, tokens: Tokens) -> Ranking | None:
+        if self.schedule.ratios[block.number] == 1:
+            return None
+        return Ranking(self.scores(tokens, block.number)[..., 0], tokens.index)
 
     def sample(self, tokens: Tokens, number: int) -> Tokens:
         """Mask tokens out at random, by their scores; who is out stays out (training)."""
-        scores = self.scores(tokens, number)
+        scores, before = self.scores(tokens, number), tokens.taking_part
         if self.schedule.ratios[number] == 1:
-            keep = tokens.taking_part + 0 * scores[..., 0]  # the predictor stays in the graph
+            keep = before + 0 * scores[..., 0]  # the predictor stays in the graph
         else:
-            keep = gumbel_keep(scores, gumbel_noise(scores)) * tokens.taking_part
-        before = tokens.carry.keeps if tokens.carry else ()
-        return tokens.change(mask=keep, carry=Decided((*before, keep)))
+            keep = gumbel_keep(scores, gumbel_noise(scores)) * before
+            if self.config.rest == "squeeze":
+                patches = squeeze_masked(tokens.patches, keep, before, self.config.temperature)
+                tokens = tokens.with_x(torch.cat((tokens.prefix, patches), dim=1))
+        keeps = tokens.carry.keeps if tokens.carry else ()
+        return tokens.change(mask=keep, carry=Decided((*keeps, keep)))
 
     def losses(self, outputs: Any, teacher: Any) -> dict[str, Tensor]:
         config, keeps = self.config, outputs.tokens.carry.keeps if outputs.tokens.carry else ()
         if not keeps:
             return {}
-        pairs = zip(keeps, (self.schedule.ratios[number] for number in config.blocks), strict=True)
+        pairs = zip(keeps, (self.schedule.ratios[number] for number in self.reducing), strict=True)
         dims = 1 if config.ratio_of == "image" else (0, 1)
         gaps = torch.stack([(keep.mean(dims) - ratio).square().mean() for keep, ratio in pairs])
         terms = {"ratio": config.ratio_weight * gaps.mean()}

@@ -1,13 +1,13 @@
 """EViT: reorganise tokens between attention and FFN (Liang et al., ICLR 2022).
 
 The class attention of the block ranks its patch tokens; the others are fused into one token, weighted with
-their attention, or dropped. No new parameters.
+their attention, dropped, or squeezed into the kept (eTPS, Wei et al., CVPR 2023). No new parameters.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from operator import mul
@@ -19,17 +19,18 @@ from torch import Tensor, nn
 from evovit.backbones.base import BackboneSpec, Block
 from evovit.errors import EvoViTError, check_count
 from evovit.methods import register
-from evovit.methods.base import Method, check_blocks, require_class_token
-from evovit.ops.score import attention_column_mean, class_attention
-from evovit.ops.select import keep_rows, split_top
+from evovit.methods.base import Method, Ranking, ScheduledConfig, check_blocks, falling
+from evovit.methods.selection import check_selection, patch_score, shift_in, shift_score
+from evovit.ops.select import split_top
+from evovit.ops.squeeze import Temperature, keep_split
 from evovit.ops.update import weighted_sum
 from evovit.options import Count, Number, Ratio, Share, option
 from evovit.schedule import KeepSchedule, per_block
 from evovit.tokens import Tokens
 
-Selection = Literal["class", "column_mean"]
+Selection = Literal["class", "column_mean", "key_norm", "probe", "shift"]
+Rest = Literal["fuse", "drop", "squeeze"]
 Counts = Literal["current", "initial"]
-SCORES = {"class": class_attention, "column_mean": attention_column_mean}
 
 
 @register("evit")
@@ -41,14 +42,15 @@ class EViT(Method):
     example: ClassVar = {"blocks": (1,)}
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Method.Config):
+    class Config(ScheduledConfig):
         """Options of EViT; the defaults are the paper's."""
 
         keep_ratio: Ratio | tuple[Ratio, ...] = option(
             0.7, "of the patch tokens present; a list has one per reducing block"
         )
         blocks: tuple[Number, ...] = option((3, 6, 9), "that reduce, counted from 0")
-        fuse: bool = option(True, "false: the inattentive tokens are dropped")
+        rest: Rest = option("fuse", "the inattentive: fused into one, dropped, or joined to the most similar")
+        temperature: Temperature = option(1.0, "of the cosines that weigh who is squeezed")
         counts: Counts = option("current", "ceil(ratio * present); initial: int(ratio product * all)")
         keep: tuple[Count, ...] | None = option(
             None, "patch tokens left per reducing block, instead of ratios"
@@ -56,23 +58,43 @@ class EViT(Method):
         shrink: tuple[Share, Share] | None = option(
             None, "shares of the training; the ratio falls from 1 between"
         )
-        selection: Selection = option("class", "column_mean is for hosts without class token")
+        selection: Selection = option("class", "the others are for hosts without class token")
+
+        @classmethod
+        def renamed(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
+            """Read `fuse`, true or false, which `rest` was until version 0.1."""
+            if not isinstance(options.get("fuse"), bool) or "rest" in options:
+                return options
+            rest = "fuse" if options["fuse"] else "drop"
+            return {name: value for name, value in options.items() if name != "fuse"} | {"rest": rest}
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        if config.selection == "class":
-            require_class_token(spec, "selection='class'", "'column_mean'")
-        check_blocks(config.blocks, spec.depth)
+        check_selection(config.selection, spec, ("shift",))
+        if config.keep_per_block is None:
+            check_blocks(config.blocks, spec.depth)
         count = len(config.blocks)
-        self.keep_ratios = per_block(config.keep_ratio, count, "keep_ratio", "reducing blocks")
         if config.keep is not None and (len(config.keep) != count or config.shrink is not None):
             raise EvoViTError(f"keep is {config.keep!r}; give one count per block in blocks, and no shrink.")
         for keep in config.keep or ():
             check_count("keep", keep, 1, math.prod(spec.grid))
         if config.shrink is not None and not config.shrink[0] < config.shrink[1]:
             raise EvoViTError(f"shrink is {config.shrink!r}; give two rising shares of the training, 0 to 1.")
+        if config.keep_per_block is not None and (config.keep is not None or config.shrink is not None):
+            raise EvoViTError("keep_per_block stands alone; leave keep and shrink out.")
+        self.merges = config.rest == "squeeze"
+        self.plan(config)
+
+    def plan(self, config: Config) -> None:
+        self.reducing = config.blocks
+        count = len(self.reducing)
+        self.keep_ratios = per_block(config.keep_ratio, count, "keep_ratio", "reducing blocks")
         self.ratios = self.keep_ratios  # in force now
-        if config.keep is None:
+        if config.keep_per_block is not None:
+            counts = config.keep_per_block
+            self.schedule = KeepSchedule.from_counts(self.spec.depth, counts, math.prod(self.spec.grid))
+            self.reducing = falling(counts)
+        elif config.keep is None:
             self.reduce_to(self.keep_ratios)
 
     def reduce_to(self, ratios: Iterable[float]) -> None:
@@ -85,31 +107,47 @@ class EViT(Method):
 
     def count(self, number: int, tokens: Tokens) -> int | None:
         """Return how many patch tokens block `number` keeps, the fused one not counted; None for all."""
-        if number not in self.config.blocks:
+        if number not in self.reducing:
             return None
-        if self.config.keep is not None:
-            keep: int | None = self.config.keep[self.config.blocks.index(number)]
+        if self.config.keep_per_block is not None:
+            keep: int | None = self.schedule.count(number, tokens.num_cells)
+        elif self.config.keep is not None:
+            keep = self.config.keep[self.config.blocks.index(number)]
         else:
             whole = tokens.num_cells if self.config.counts == "initial" else tokens.num_patches
             keep = self.schedule.count(number, whole)
         return None if keep is None or keep >= tokens.num_patches else keep
 
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
-        tokens, qkv = block.attend(tokens)
+        found = tokens
+        tokens, qkv = block.attend(found)
         keep = self.count(block.number, tokens)
-        if keep is not None:
-            tokens = self.reorganise(tokens, SCORES[self.config.selection](qkv, tokens.num_prefix), keep)
-        return block.ffn(tokens)
+        if keep is None:
+            return block.ffn(tokens)
+        if self.config.selection == "shift":
+            after = block.ffn(tokens)
+            score = shift_score(tokens, after)
+            return self.reorganise(after, score / score.sum(-1, keepdim=True), keep)  # as attention weighs
+        score = patch_score(self.config.selection, qkv, found, block.probe)
+        return block.ffn(self.reorganise(tokens, score, keep))
+
+    def ranking(self, block: Block, tokens: Tokens) -> Ranking | None:
+        if self.count(block.number, tokens) is None:
+            return None
+        if self.config.selection == "shift":
+            return Ranking(shift_in(block, tokens), tokens.index)
+        score = patch_score(self.config.selection, block.qkv(tokens), tokens, block.probe)
+        return Ranking(score, tokens.index)
 
     def reorganise(self, tokens: Tokens, score: Tensor, keep: int) -> Tokens:
-        """Return prefix, the kept in their order, and the fused token (index -1) last.
+        """Return prefix, the kept in their order, and the fused token (index -1), if any, last.
 
         Args:
             score: (B, N) class attention; it weighs the fused token as it stands, as in the official code.
         """
         split = split_top(score, keep)
-        kept = keep_rows(tokens, split.rows)
-        if not self.config.fuse:
+        kept = keep_split(tokens, split, self.config.rest, self.config.temperature)
+        if self.config.rest != "fuse":
             return kept
         x = torch.cat((kept.x, weighted_sum(tokens.patches, score, split.kept)), dim=1)
         return kept.change(x=x, index=nn.functional.pad(kept.index, (0, 1), value=-1))
@@ -128,9 +166,12 @@ class EViT(Method):
                 "run.reduce_from_epoch and reduce_ramp_epochs would; choose one."
             )
         super().set_reduction(share)  # refuses explicit counts
-        self.reduce_to(ratio if share == 1 else 1 - share * (1 - ratio) for ratio in self.keep_ratios)
+        if self.config.keep_per_block is None:
+            self.reduce_to(ratio if share == 1 else 1 - share * (1 - ratio) for ratio in self.keep_ratios)
 
     def current_config(self) -> Any:
+        if self.config.keep_per_block is not None:
+            return super().current_config()
         if self.ratios == self.keep_ratios:
             return self.config
         return replace(self.config, keep_ratio=self.ratios, shrink=None)

@@ -14,20 +14,20 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from evovit.backbones.base import BackboneSpec, Block, Stage
+from evovit.backbones.base import BackboneSpec, Block, Probe, Stage
 from evovit.backbones.timm_levit_blocks import LevitEntry, even_cells
 from evovit.errors import EvoViTError, check_choice
 from evovit.methods import register
-from evovit.methods.base import Method, require_class_token
-from evovit.ops.score import attention_column_mean, class_attention, running_score
+from evovit.methods.base import Method, Ranking
+from evovit.methods.selection import check_selection, patch_score, shift_score
+from evovit.ops.score import running_score
 from evovit.ops.slow_fast import Waiting, bring_back, num_awake, score_awake, set_aside
 from evovit.options import Number, Ratio, Share, option
 from evovit.schedule import KeepSchedule
 from evovit.tokens import QKV, Tokens
 
 Mode = Literal["stage", "layer"]
-Selection = Literal["global", "class", "column_mean"]
-SCORES = {"global": class_attention, "class": class_attention, "column_mean": attention_column_mean}
+Selection = Literal["global", "class", "column_mean", "key_norm", "probe", "shift"]
 
 
 @register("evo_levit")
@@ -54,20 +54,22 @@ class EvoLeViT(Method):
         fast_update: bool = option(
             True, "representative token, eq. 5 to 7; false: placeholders wait unchanged"
         )
-        selection: Selection = option("global", "class: no history; column_mean: hosts without class token")
+        selection: Selection = option("global", "class: no history; the others: hosts without class token")
         switch_at: Share | None = option(
             None, "share of the training in layer mode with `trade_off`; paper: 2/3"
         )
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        if config.selection != "column_mean":
-            require_class_token(spec, f"selection={config.selection!r}", "'column_mean'")
-        self.schedule = KeepSchedule.from_block(spec.depth, config.keep_ratio, config.start_block)
+        check_selection(config.selection, spec, ("shift",))
+        self.plan(config)
         self.firsts = (0, *accumulate(spec.depths))[:-1]  # the first block of each stage
         self.learn_tradeoff = nn.ParameterList(nn.Parameter(torch.zeros(1)) for _ in range(spec.depth))
         self.enter_tradeoff = nn.ParameterList(nn.Parameter(torch.zeros(1)) for _ in self.firsts[1:])
         self.mode, self.learns = config.mode, config.learn_trade_off
+
+    def plan(self, config: Config) -> None:
+        self.schedule = KeepSchedule.from_block(self.spec.depth, config.keep_ratio, config.start_block)
 
     @property
     def mode(self) -> Mode:
@@ -96,11 +98,15 @@ class EvoLeViT(Method):
             keep = self.schedule.count(number, tokens.num_cells)
             if keep is not None:
                 tokens = set_aside(tokens, tokens.carry.score, keep, self.config.fast_update)
-        tokens, qkv = block.attend(tokens)
-        if self.is_read(number):
-            trade_off = self.old_weight(self.learn_tradeoff[number])
-            tokens = score_awake(tokens, self.measure(qkv, tokens), trade_off)
-        return block.ffn(tokens)
+        attended, qkv = block.attend(tokens)
+        if not self.is_read(number):
+            return block.ffn(attended)
+        trade_off = self.old_weight(self.learn_tradeoff[number])
+        if self.config.selection == "shift":
+            after = block.ffn(attended)
+            new = shift_score(attended, after, num_awake(attended.carry))
+            return score_awake(after, new if self.config.fast_update else new.detach(), trade_off)
+        return block.ffn(score_awake(attended, self.measure(qkv, tokens, block.probe), trade_off))
 
     def enter_stage(self, stage: Stage, tokens: Tokens) -> Tokens:
         if not isinstance(stage.enter, LevitEntry):
@@ -111,7 +117,8 @@ class EvoLeViT(Method):
         if not self.is_read(number - 1):
             return tokens.change(carry=Waiting())
         stride = stage.enter.stride
-        new = even_cells(self.measure(qkv, tokens), grid, stride)
+        shift = self.config.selection == "shift"  # of the last FFN: between the stages there is none
+        new = even_cells(old if shift else self.measure(qkv, tokens), grid, stride)
         trade_off = self.old_weight(self.enter_tradeoff[self.firsts.index(number) - 1])
         score = running_score(even_cells(old, grid, stride), new, trade_off)
         total = old.sum(-1, keepdim=True)  # stays what it was, so that old and new scores compare
@@ -125,14 +132,20 @@ class EvoLeViT(Method):
         first = max(start for start in self.firsts if start <= number)
         return self.mode == "layer" or number == max(first, self.config.start_block)
 
+    def ranking(self, block: Block, tokens: Tokens) -> Ranking | None:
+        if not self.selects(block.number) or self.schedule.ratios[block.number] == 1:
+            return None
+        tokens = bring_back(tokens)
+        return Ranking(tokens.carry.score, tokens.index)
+
     def is_read(self, number: int) -> bool:
         """Tell whether a later selection reads the score of block `number`."""
         later = range(number + 1, self.spec.depth)
         return any(self.selects(n) and self.schedule.ratios[n] < 1 for n in later)
 
-    def measure(self, qkv: QKV, tokens: Tokens) -> Tensor:
+    def measure(self, qkv: QKV, tokens: Tokens, probe: Probe | None = None) -> Tensor:
         """Return the score of each awake token, (B, K) float32; a gradient flows where it weighs tokens."""
-        score = SCORES[self.config.selection](qkv, tokens.num_prefix, num_awake(tokens.carry))
+        score = patch_score(self.config.selection, qkv, tokens, probe, num_awake(tokens.carry))
         return score if self.config.fast_update else score.detach()
 
     def old_weight(self, learnt: Tensor) -> Tensor | float:

@@ -12,20 +12,22 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from annotated_types import Ge, Le
+from torch import Tensor
 
 from evovit.backbones.base import BackboneSpec, Block, Stage, last_qkv
 from evovit.errors import EvoViTError, check_choice, check_count
 from evovit.methods import register
-from evovit.methods.base import ClassTokenHead, Method, require_class_token
-from evovit.ops.score import attention_column_mean, class_attention, random_score
+from evovit.methods.base import ClassTokenHead, Method, Ranking, ScheduledConfig, require_class_token
+from evovit.methods.selection import check_selection, patch_score, shift_score
+from evovit.ops.score import class_attention, random_score
 from evovit.ops.slow_fast import Waiting, bring_back, num_awake, score_awake, set_aside
 from evovit.options import Count, Number, Ratio, Share, option
 from evovit.schedule import KeepSchedule, per_block
-from evovit.tokens import QKV, Tokens
+from evovit.tokens import Tokens
 
 Mode = Literal["stage", "layer"]
-Selection = Literal["global", "class", "last_class", "column_mean", "random"]
-SCORES = {"global": class_attention, "class": class_attention, "column_mean": attention_column_mean}
+Selection = Literal["global", "class", "last_class", "column_mean", "key_norm", "probe", "shift", "random"]
+UNRATED = ("last_class", "random")  # selections that no block contributes to
 
 
 @register("evo_vit")
@@ -38,7 +40,7 @@ class EvoViT(Method):
     example: ClassVar = {"start_block": 1, "stage_length": 2}
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Method.Config):
+    class Config(ScheduledConfig):
         """Options of Evo-ViT; the defaults are the paper's."""
 
         keep_ratio: Ratio | tuple[Ratio, ...] = option(
@@ -70,8 +72,7 @@ class EvoViT(Method):
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        if config.selection not in ("column_mean", "random"):
-            require_class_token(spec, f"selection={config.selection!r}", "'column_mean' or 'random'")
+        check_selection(config.selection, spec, ("shift", "random"))
         if config.fast_update and not config.preserve:
             raise EvoViTError("fast_update updates the placeholders that preserve=False drops; turn one off.")
         if config.assisted_head:
@@ -80,12 +81,21 @@ class EvoViT(Method):
         self.keeps_grid = config.preserve and config.rejoin_last
         rows = math.prod(spec.grid) + spec.num_prefix
         check_count("multiple_of", config.multiple_of, 1, rows, "rows of an unreduced block")
-        start, multiple = config.start_block, config.multiple_of
-        self.schedule = KeepSchedule.from_block(spec.depth, config.keep_ratio, start, multiple)
         trade_off = per_block(config.trade_off, spec.depth, "trade_off")
         self.old_weights = trade_off if config.selection == "global" else (0.0,) * spec.depth
         self.class_head = ClassTokenHead(spec) if config.assisted_head else None
         self.mode = config.mode
+        self.plan(config)
+
+    def plan(self, config: Config) -> None:
+        depth, multiple = self.spec.depth, config.multiple_of
+        if config.keep_per_block is not None:
+            whole = math.prod(self.spec.grid)
+            schedule = KeepSchedule.from_counts(depth, config.keep_per_block, whole)
+            self.schedule = replace(schedule, multiple_of=multiple)
+        else:
+            start = config.start_block
+            self.schedule = KeepSchedule.from_block(depth, config.keep_ratio, start, multiple)
 
     @property
     def mode(self) -> Mode:
@@ -110,25 +120,43 @@ class EvoViT(Method):
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
         if self.schedule.starts_stage(block.number, self.length):
             tokens = self.split(self.join(tokens), block.number)
-        tokens, qkv = block.attend(tokens)
-        return block.ffn(self.rate(tokens, qkv, block.number))
+        attended, qkv = block.attend(tokens)
+        if not self.is_read(block.number):
+            return block.ffn(attended)
+        awake = num_awake(attended.carry)
+        if self.config.selection == "shift":
+            after = block.ffn(attended)
+            return self.rate(after, shift_score(attended, after, awake), block.number)
+        new = patch_score(self.config.selection, qkv, tokens, block.probe, awake)
+        return block.ffn(self.rate(attended, new, block.number))
 
     def split(self, tokens: Tokens, number: int) -> Tokens:
         """Let the informative tokens and the representative one go on; the placeholders wait."""
         keep = self.schedule.count(number, tokens.num_cells, tokens.num_prefix + self.config.fast_update)
         if keep is None or keep >= tokens.num_patches:
             return tokens
-        score = tokens.carry.score
-        if self.config.selection == "random":
-            score = random_score(tokens.index, None if self.training else number)
-        return set_aside(tokens, score, keep, self.config.fast_update)
+        return set_aside(tokens, self.score(tokens, number), keep, self.config.fast_update)
 
-    def rate(self, tokens: Tokens, qkv: QKV, number: int) -> Tokens:
-        """Evolve the score of the tokens that took part (eq. 4), if a later selection reads it."""
-        measure = SCORES.get(self.config.selection)
-        if measure is None or not self.schedule.reads_score(number, self.length, self.old_weights):
-            return tokens
-        new = measure(qkv, tokens.num_prefix, num_awake(tokens.carry))
+    def score(self, tokens: Tokens, number: int) -> Tensor:
+        """Return what the informative tokens of block `number` are selected by, (B, N) float32."""
+        if self.config.selection == "random":
+            return random_score(tokens.index, None if self.training else number)
+        return tokens.carry.score  # type: ignore[no-any-return]
+
+    def ranking(self, block: Block, tokens: Tokens) -> Ranking | None:
+        number = block.number
+        if self.schedule.ratios[number] == 1 or not self.schedule.starts_stage(number, self.length):
+            return None
+        tokens = self.join(tokens)
+        return Ranking(self.score(tokens, number), tokens.index)
+
+    def is_read(self, number: int) -> bool:
+        """Tell whether a later selection reads the score of block `number`."""
+        rated = self.config.selection not in UNRATED
+        return rated and self.schedule.reads_score(number, self.length, self.old_weights)
+
+    def rate(self, tokens: Tokens, new: Tensor, number: int) -> Tokens:
+        """Evolve the score of the tokens that took part (eq. 4); `new` (B, K) float32 is this block's."""
         new = new if self.config.fast_update else new.detach()  # it weighs tokens (eq. 5), or only ranks them
         return score_awake(tokens, new, self.old_weights[number])
 

@@ -6,6 +6,7 @@ block unchanged and may be picked again in the next. Training gathers too, which
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -16,19 +17,19 @@ from torch import Tensor
 from evovit.backbones.base import BackboneSpec, Block
 from evovit.errors import check_count
 from evovit.methods import register
-from evovit.methods.base import Method, require_class_token
+from evovit.methods.base import Method, Ranking, ScheduledConfig, require_class_token
+from evovit.methods.selection import check_selection, patch_score
 from evovit.ops.distance import feature_distance, head_mean_attention, logit_divergence, token_cut
-from evovit.ops.score import attention_column_mean, class_logit_mean
+from evovit.ops.score import class_logit_mean
 from evovit.ops.select import keep_rows, put, split_top, take, take_qkv, with_prefix
 from evovit.options import Count, Number, Ratio, Weight, option
 from evovit.schedule import KeepSchedule, check_start, per_block
 from evovit.tokens import QKV, Tokens
 
-Selection = Literal["class", "column_mean"]
+Selection = Literal["class", "column_mean", "key_norm", "probe"]
 Cut = Literal["both", "inter", "intra"]
 CutBlocks = Literal["all", "released"]
 Compared = Literal["class", "active"]
-SCORES = {"class": class_logit_mean, "column_mean": attention_column_mean}
 
 
 class Idle(NamedTuple):
@@ -56,7 +57,7 @@ class IdleViT(Method):
     example: ClassVar = {"start_block": 1, "group_length": 2}
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Method.Config):
+    class Config(ScheduledConfig):
         """Options of IdleViT; the defaults are those of the published cost and the released training."""
 
         keep_ratio: Ratio | tuple[Ratio, ...] = option(
@@ -64,7 +65,7 @@ class IdleViT(Method):
         )
         start_block: Number = option(3, "first idle block, counted from 0; a list has 1 before it")
         group_length: Count = option(3, "blocks per power of r, where keep_ratio is a number")
-        selection: Selection = option("class", "column_mean is for hosts without class token")
+        selection: Selection = option("class", "the others are for hosts without class token")
         cut: Cut = option("both", "parts of the token cut loss")
         cut_weight: Weight = option(20.0, "of the token cut loss, mean over idle blocks; 0 turns it off")
         cut_blocks: CutBlocks = option(
@@ -79,14 +80,21 @@ class IdleViT(Method):
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        if config.selection == "class":
-            require_class_token(spec, "selection='class'", "'column_mean'")
+        check_selection(config.selection, spec)
         check_count("start_block", config.start_block, 0, spec.depth - 1, "blocks count from 0")
         check_count("group_length", config.group_length, 1, spec.depth)
         self.learns_from_teacher = config.distill_weight > 0
-        ratios = per_block(config.keep_ratio, spec.depth, "keep_ratio")
+        self.plan(config)
+
+    def plan(self, config: Config) -> None:
+        depth = self.spec.depth
+        if config.keep_per_block is not None:
+            whole = math.prod(self.spec.grid)
+            self.schedule = KeepSchedule.from_counts(depth, config.keep_per_block, whole)
+            return
+        ratios = per_block(config.keep_ratio, depth, "keep_ratio")
         if not isinstance(config.keep_ratio, Sequence):
-            past = [number - config.start_block for number in range(spec.depth)]
+            past = [number - config.start_block for number in range(depth)]
             powers = [0 if n < 0 else n // config.group_length + 1 for n in past]
             ratios = tuple(config.keep_ratio**power for power in powers)
         check_start(ratios, config.start_block)
@@ -98,9 +106,9 @@ class IdleViT(Method):
         if keep is None:
             return block(tokens)
         cut = self.training and self.config.cut_weight > 0
-        whole = cut or self.config.selection != "class"  # the cut and the column mean read every query
+        whole = cut or self.config.selection == "column_mean"  # the cut and the column mean read every query
         seen = block.qkv(tokens) if whole else block.scoring_qkv(tokens)
-        split = split_top(SCORES[self.config.selection](seen, tokens.num_prefix), keep)
+        split = split_top(self.score(seen, tokens, block), keep)
         rows = with_prefix(split.rows, tokens.num_prefix)
         cuts = tokens.carry.cuts if tokens.carry else ()
         if cut:
@@ -110,6 +118,12 @@ class IdleViT(Method):
         qkv = take_qkv(seen, rows) if whole else block.qkv_of_rows(active, seen, rows)
         return block.ffn(block.attention(active, qkv))
 
+    def score(self, qkv: QKV, tokens: Tokens, block: Block) -> Tensor:
+        """Return the score of each patch token, (B, N) float32; of the class token its logits, no softmax."""
+        if self.config.selection == "class":
+            return class_logit_mean(qkv, tokens.num_prefix)
+        return patch_score(self.config.selection, qkv, tokens, block.probe)
+
     def finish(self, tokens: Tokens) -> Tokens:
         """Put the tokens that took part back among the idle ones; all in raster order."""
         state: Idle = tokens.carry or Idle()
@@ -117,6 +131,12 @@ class IdleViT(Method):
             return tokens
         x = put(state.before, state.rows, tokens.x)
         return tokens.change(x=x, index=state.places, carry=Idle(cuts=state.cuts))
+
+    def ranking(self, block: Block, tokens: Tokens) -> Ranking | None:
+        tokens = self.finish(tokens)
+        if self.schedule.count(block.number, tokens.num_cells) is None:
+            return None
+        return Ranking(self.score(block.qkv(tokens), tokens, block), tokens.index)
 
     def token_cut(self, qkv: QKV, kept: Tensor, num_prefix: int) -> Tensor:
         """Return the token cut loss of one block; it needs the full attention matrix."""

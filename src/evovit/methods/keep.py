@@ -1,6 +1,7 @@
 """Keep some patch tokens and drop the others: the plain baselines every comparison needs.
 
-Top-K by class attention, random and evenly spaced, with the counts of EViT or DynamicViT. Nothing is fused.
+Top-K by class attention or another score, random and evenly spaced, with the counts of DynamicViT. Who is not
+kept is dropped, or squeezed into the kept (TPS, Wei et al., CVPR 2023).
 """
 
 from __future__ import annotations
@@ -12,14 +13,20 @@ from torch import Tensor
 
 from evovit.backbones.base import BackboneSpec, Block
 from evovit.methods import register
-from evovit.methods.base import Method, check_blocks, require_class_token
-from evovit.ops.score import attention_column_mean, class_attention, random_score
-from evovit.ops.select import even_rows, keep_rows, split_top
+from evovit.methods.base import (
+    Method,
+    Ranking,
+    ScheduledConfig,
+    schedule_at_blocks,
+)
+from evovit.methods.selection import check_selection, patch_score, shift_in, shift_score
+from evovit.ops.score import random_score
+from evovit.ops.select import Split, split_even, split_top
+from evovit.ops.squeeze import Rest, Temperature, keep_split
 from evovit.options import Number, Ratio, option
-from evovit.schedule import KeepSchedule
 from evovit.tokens import QKV, Tokens
 
-Selection = Literal["class", "column_mean", "random", "even"]
+Selection = Literal["class", "column_mean", "key_norm", "probe", "shift", "random", "even"]
 
 
 @register("keep")
@@ -31,42 +38,63 @@ class Keep(Method):
     example: ClassVar = {"blocks": (1, 2)}
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Method.Config):
+    class Config(ScheduledConfig):
         """Options of the baselines."""
 
         keep_ratio: Ratio | tuple[Ratio, ...] = option(
             0.7, "r: r, r^2, ... of all patches; a list has one per reducing block"
         )
         blocks: tuple[Number, ...] = option(
-            (3, 6, 9), "that reduce, between attention and FFN; counted from 0"
+            (3, 6, 9), "that reduce, between attention and FFN, by shift after it; counted from 0"
         )
-        selection: Selection = option("class", "top attention from the class token or from all; or plain")
+        selection: Selection = option(
+            "class", "top attention of the class token; what hosts without one have; or plain"
+        )
+        rest: Rest = option("drop", "squeeze: who goes joins the most similar token that stays")
+        temperature: Temperature = option(1.0, "of the cosines that weigh who is squeezed")
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        if config.selection == "class":
-            require_class_token(spec, "selection='class'", "'column_mean', 'random' or 'even'")
-        check_blocks(config.blocks, spec.depth)
-        self.schedule = KeepSchedule.at_blocks(spec.depth, config.keep_ratio, config.blocks)
+        check_selection(config.selection, spec, ("shift", "random", "even"))
+        self.merges = config.rest == "squeeze"
+        self.plan(config)
+
+    def plan(self, config: Config) -> None:
+        self.schedule, self.reducing = schedule_at_blocks(config, self.spec)
 
     def ratios_now(self) -> tuple[float, ...]:
-        return tuple(self.schedule.ratios[number] for number in self.config.blocks)
+        return tuple(self.schedule.ratios[number] for number in self.reducing)
 
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
-        tokens, qkv = block.attend(tokens)
+        found = tokens
+        tokens, qkv = block.attend(found)
         keep = self.schedule.count(block.number, tokens.num_cells)
-        if keep is not None and keep < tokens.num_patches:
-            tokens = keep_rows(tokens, self.rows(tokens, qkv, keep, block.number))
-        return block.ffn(tokens)
+        if keep is None or keep >= tokens.num_patches:
+            return block.ffn(tokens)
+        if self.config.selection == "shift":
+            after = block.ffn(tokens)
+            return self.reduce(after, split_top(shift_score(tokens, after), keep))
+        return block.ffn(self.reduce(tokens, self.split(block, found, qkv, keep)))
 
-    def rows(self, tokens: Tokens, qkv: QKV, keep: int, number: int) -> Tensor:
-        """Return who stays, (B, keep) int64 ascending; random draws afresh in training alone."""
-        selection = self.config.selection
-        if selection == "even":
-            return even_rows(tokens.index, keep)
-        if selection == "random":
-            score = random_score(tokens.index, None if self.training else number)
-        else:
-            measure = class_attention if selection == "class" else attention_column_mean
-            score = measure(qkv, tokens.num_prefix)
-        return split_top(score, keep).rows
+    def reduce(self, tokens: Tokens, split: Split) -> Tokens:
+        """Return those who stay; the others are dropped, or squeezed into them."""
+        return keep_split(tokens, split, self.config.rest, self.config.temperature)
+
+    def split(self, block: Block, tokens: Tokens, qkv: QKV, keep: int) -> Split:
+        """Choose who of those a block found stays."""
+        if self.config.selection == "even":
+            return split_even(tokens.index, keep)
+        return split_top(self.score(block, tokens, qkv), keep)
+
+    def score(self, block: Block, tokens: Tokens, qkv: QKV) -> Tensor:
+        """Return what tokens are ranked by, (B, N) float32; random draws afresh in training alone."""
+        if self.config.selection == "random":
+            return random_score(tokens.index, None if self.training else block.number)
+        return patch_score(self.config.selection, qkv, tokens, block.probe)
+
+    def ranking(self, block: Block, tokens: Tokens) -> Ranking | None:
+        if self.schedule.ratios[block.number] == 1 or self.config.selection == "even":
+            return None
+        if self.config.selection == "shift":
+            return Ranking(shift_in(block, tokens), tokens.index)
+        return Ranking(self.score(block, tokens, block.qkv(tokens)), tokens.index)

@@ -78,7 +78,14 @@ class MCTF(Merging):
         super().__init__(config, spec)
         check_blocks(config.blocks, spec.depth)
         self.trains_twice = config.r_teacher > 0
+        self.plan(config)
+
+    def plan(self, config: Config) -> None:
         self.fusing: float = config.r  # in force now
+
+    def config_at(self, budget: float) -> Any:
+        """Return the options under which each of `blocks` keeps this share of its patch tokens."""
+        return replace(self.config, r=1 - budget)
 
     def begin(self, tokens: Tokens, stages: Sequence[Stage]) -> Tokens:
         return tokens if isinstance(tokens.carry, Fused) else starting(tokens, self.fusing)

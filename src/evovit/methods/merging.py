@@ -103,16 +103,27 @@ class CountedMerging(Merging):
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        self.removed = self.full_counts()
+        self.plan(config)
 
     @property
     def most(self) -> int:
         """What the option r may be at most."""
         return math.prod(self.spec.grid) if self.bounded else MOST
 
-    def full_counts(self) -> tuple[int, ...]:
-        """Return what the options say: as many counts as blocks."""
-        return removed_per_block(self.config.r, self.config.inflection, self.spec.depth, self.most)
+    @property
+    def steps(self) -> int:
+        """How many blocks reduce."""
+        return self.spec.depth
+
+    def plan(self, config: Any) -> None:
+        self.removed = removed_per_block(config.r, config.inflection, self.spec.depth, self.most)
+
+    def config_at(self, budget: float) -> Any:
+        """Return the options under which equal steps leave this share of the patch tokens at the end."""
+        if getattr(self.config, "keep_per_block", None) is not None:
+            return super().config_at(budget)  # refuses
+        r = round((1 - budget) * math.prod(self.spec.grid) / max(1, self.steps))
+        return replace(self.config, r=r, inflection=0.0)
 
     def current_config(self) -> Any:
         now = {"r": tuple(min(removed, self.most) for removed in self.removed), "inflection": 0.0}
@@ -120,4 +131,5 @@ class CountedMerging(Merging):
 
     def set_reduction(self, share: float) -> None:
         self.reduction = share
-        self.removed = tuple(int(share * removed) for removed in self.full_counts())
+        self.plan(self.config)
+        self.removed = tuple(int(share * removed) for removed in self.removed)

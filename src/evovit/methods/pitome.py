@@ -70,15 +70,16 @@ class PiToMe(Merging):
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        self.ratios = per_block(config.keep_ratio, spec.depth, "keep_ratio")
-        self.removed = self.full_counts()
+        self.plan(config)
 
-    def full_counts(self) -> tuple[int, ...] | None:
-        """Return what the option r says, as many counts as blocks; None: keep ratios count."""
-        config = self.config
-        if config.r is None:
-            return None
-        return removed_per_block(config.r, config.inflection, self.spec.depth, MOST, config.total)
+    def plan(self, config: Config) -> None:
+        self.ratios = per_block(config.keep_ratio, self.spec.depth, "keep_ratio")
+        self.removed: tuple[int, ...] | None = None  # by the option r; else the ratios count
+        if config.r is not None:
+            self.removed = removed_per_block(config.r, config.inflection, self.spec.depth, MOST, config.total)
+
+    def config_at(self, budget: float) -> Any:
+        return replace(self.config, keep_ratio=budget, r=None, inflection=0.0, total=None)
 
     def matches_all(self, number: int) -> bool:
         """Tell whether all tokens may merge in block `number`, not only those of high energy."""
@@ -134,7 +135,9 @@ class PiToMe(Merging):
         return replace(self.config, r=self.removed, inflection=0.0, total=None)
 
     def set_reduction(self, share: float) -> None:
-        self.reduction, full = share, self.full_counts()
-        self.removed = None if full is None else tuple(int(share * removed) for removed in full)
-        ratios = per_block(self.config.keep_ratio, self.spec.depth, "keep_ratio")
-        self.ratios = ratios if share == 1 else tuple(1 - share * (1 - ratio) for ratio in ratios)
+        self.plan(self.config)
+        self.reduction = share
+        if self.removed is not None:
+            self.removed = tuple(int(share * removed) for removed in self.removed)
+        elif share < 1:
+            self.ratios = tuple(1 - share * (1 - ratio) for ratio in self.ratios)

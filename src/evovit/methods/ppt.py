@@ -13,18 +13,18 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from evovit.backbones.base import BackboneSpec, Block
+from evovit.backbones.base import BackboneSpec, Block, Probe
 from evovit.methods import register
-from evovit.methods.base import check_blocks, require_class_token
+from evovit.methods.base import Ranking, check_blocks
 from evovit.methods.merging import CountedMerging
+from evovit.methods.selection import check_selection, patch_score
 from evovit.ops.merge import drop_where, match_tokens
-from evovit.ops.score import attention_column_mean, class_attention, with_bias
+from evovit.ops.score import with_bias
 from evovit.ops.select import descending
 from evovit.options import Number, Weight, option
 from evovit.tokens import QKV, Tokens
 
-Selection = Literal["class", "column_mean"]
-SCORES = {"class": class_attention, "column_mean": attention_column_mean}
+Selection = Literal["class", "column_mean", "key_norm", "probe"]
 
 
 @register("ppt")
@@ -48,13 +48,16 @@ class PPT(CountedMerging):
         relative: bool = option(
             False, "threshold is of variance * N^2, N tokens present, for any image size; 2.69 is 7e-5 at 196"
         )
-        selection: Selection = option("class", "column_mean is for hosts without class token")
+        selection: Selection = option("class", "the others are for hosts without class token")
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        if config.selection == "class":
-            require_class_token(spec, "selection='class'", "'column_mean'")
+        check_selection(config.selection, spec)
         check_blocks(config.blocks, spec.depth)
+
+    @property
+    def steps(self) -> int:
+        return len(self.config.blocks)
 
     def count(self, number: int, present: int) -> int:
         """Return how many of the patch tokens present block `number` removes."""
@@ -65,29 +68,47 @@ class PPT(CountedMerging):
 
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
         bias = self.size_bias(tokens)
-        tokens, qkv = block.attend(tokens, bias)
-        removed = self.count(block.number, tokens.num_patches)
-        return block.ffn(self.reduce(tokens, with_bias(qkv, bias), removed) if removed > 0 else tokens)
+        after, qkv = block.attend(tokens, bias)
+        removed = self.count(block.number, after.num_patches)
+        if removed == 0:
+            return block.ffn(after)
+        score = self.score(with_bias(qkv, bias), tokens, block.probe)
+        return block.ffn(self.reduce(after, qkv.k, score, removed))
 
-    def reduce(self, tokens: Tokens, qkv: QKV, removed: int) -> Tokens:
+    def ranking(self, block: Block, tokens: Tokens) -> Ranking | None:
+        if self.config.threshold > 0 or self.count(block.number, tokens.num_patches) == 0:
+            return None  # an image that is pooled keeps tokens of any score
+        qkv = with_bias(block.qkv(tokens), self.size_bias(tokens))
+        return Ranking(self.score(qkv, tokens, block.probe), tokens.index)
+
+    @torch.no_grad()
+    def score(self, qkv: QKV, tokens: Tokens, probe: Probe | None = None) -> Tensor:
+        """Return attention times the length of the value, (B, N) float32; the scores of an image sum to 1.
+
+        Args:
+            qkv: what the block's attention saw of the tokens, sizes among its bias.
+            tokens: as the block found them.
+            probe: of the block.
+        """
+        attention = patch_score(self.config.selection, qkv, tokens, probe)
+        values = qkv.v[:, :, tokens.num_prefix :].float()
+        score = attention * values.square().sum((1, 3)).sqrt()  # heads side by side
+        return score / score.sum(-1, keepdim=True).clamp_min(torch.finfo(score.dtype).tiny)
+
+    def reduce(self, tokens: Tokens, keys: Tensor, score: Tensor, removed: int) -> Tokens:
         """Prune or pool each image.
 
         Those that stay after pruning are in falling order of their scores, as in the released code: a later
         pooling takes turns in this order. Without proportional attention sizes are forgotten, as there.
+
+        Args:
+            keys: (B, H, P + N, D), of this block.
+            score: (B, N).
         """
-        score = self.score(qkv, tokens.num_prefix)
-        metric = qkv.k[:, :, tokens.num_prefix :].mean(1)
+        metric = keys[:, :, tokens.num_prefix :].mean(1)
         match = match_tokens(metric, removed, first=tokens.num_prefix % 2)
         reduced = self.merge_by(tokens, drop_where(match, ~self.pools(score), descending(score)))
         return reduced if self.config.proportional_attention else reduced.change(size=None)
-
-    @torch.no_grad()
-    def score(self, qkv: QKV, num_prefix: int) -> Tensor:
-        """Return attention times the length of the value, (B, N) float32; the scores of an image sum to 1."""
-        attention = SCORES[self.config.selection](qkv, num_prefix)
-        values = qkv.v[:, :, num_prefix:].float()
-        score = attention * values.square().sum((1, 3)).sqrt()  # heads side by side
-        return score / score.sum(-1, keepdim=True).clamp_min(torch.finfo(score.dtype).tiny)
 
     def pools(self, score: Tensor) -> Tensor:
         """Tell which images are pooled, (B, 1) bool: those whose scores vary less than the threshold."""

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from evovit.backbones.base import BackboneSpec, Block, Stage
-from evovit.errors import EvoViTError, check_count
+from evovit.errors import check_count
 from evovit.methods import register
-from evovit.methods.base import Method, check_blocks
+from evovit.methods.base import Method, check_blocks, expect_grid
 from evovit.ops.distance import logit_divergence
 from evovit.options import Number, Positive, Ratio, Weight, option
 from evovit.schedule import KeepSchedule
@@ -115,11 +115,7 @@ class SiT(Method):
                 nn.init.zeros_(module.bias)
 
     def begin(self, tokens: Tokens, stages: Sequence[Stage]) -> Tokens:
-        if tokens.grid != self.spec.grid:
-            raise EvoViTError(
-                f"SiT's modules are made for a grid of {self.spec.grid[0]} x {self.spec.grid[1]} patches and "
-                f"these images have {tokens.grid[0]} x {tokens.grid[1]}; wrap a host of this image size."
-            )
+        expect_grid(tokens, self.spec, "SiT's modules are")
         return tokens.change(carry=Recovered())
 
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evovit.backbones.base import BackboneSpec, Block
-from evovit.errors import check_count
+from evovit.errors import EvoViTError, check_count
 from evovit.methods import register
 from evovit.methods.base import Method
 from evovit.options import Count, Number, option
@@ -65,6 +65,11 @@ class Subsample(Method):
     def pool(self, tokens: Tokens) -> Tokens:
         """Pool the grid; a token takes the position of its window's first patch. Ragged edges are cut off."""
         side, (rows, columns) = self.config.stride, tokens.grid
+        if min(rows, columns) < side:
+            raise EvoViTError(
+                f"stride is {side} and the grid of these images is {rows} x {columns}; give larger images, "
+                "or a smaller stride."
+            )
         grid = tokens.patches.transpose(1, 2).unflatten(2, (rows, columns))  # type: ignore[no-untyped-call]
         pooled = self._pool_map(grid, side)  # (B, C, rows // side, columns // side)
         shape = (pooled.shape[2], pooled.shape[3])

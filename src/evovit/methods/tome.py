@@ -6,16 +6,22 @@ size-weighted mean (section 3); attention counts a merged token as often as the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from evovit.backbones.base import Block
+from evovit.backbones.base import BackboneSpec, Block
+from evovit.errors import EvoViTError
 from evovit.methods import register
+from evovit.methods.base import ScheduledConfig, falling
 from evovit.methods.merging import CountedMerging
 from evovit.ops.merge import match_tokens
 from evovit.options import option
+from evovit.schedule import KeepSchedule
 from evovit.tokens import Tokens
 
 
@@ -27,10 +33,20 @@ class ToMe(CountedMerging):
     bounded = True
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(CountedMerging.Config):
+    class Config(CountedMerging.Config, ScheduledConfig):
         """Options of ToMe."""
 
         proportional_attention: bool = option(True, "false suits MAE models that were not trained with ToMe")
+
+    def plan(self, config: Config) -> None:
+        if config.keep_per_block is None:
+            super().plan(config)
+        else:
+            self.removed = merged_per_block(config.keep_per_block, self.spec)
+
+    def current_config(self) -> Any:
+        config = super().current_config()
+        return config if self.reduction == 1 else replace(config, keep_per_block=None)
 
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
         tokens, qkv = block.attend(tokens, self.size_bias(tokens))
@@ -48,3 +64,17 @@ class ToMe(CountedMerging):
         """
         metric = keys[:, :, tokens.num_prefix :].mean(1)
         return self.merge_by(tokens, match_tokens(metric, removed, first=tokens.num_prefix % 2))
+
+
+def merged_per_block(counts: Sequence[int], spec: BackboneSpec) -> tuple[int, ...]:
+    """Return how many tokens each block merges into others, from what each keeps."""
+    KeepSchedule.from_counts(spec.depth, counts, math.prod(spec.grid))  # refuses what is no schedule
+    falling(counts)
+    removed = tuple(before - after for before, after in pairwise((counts[0], *counts)))
+    for number, each in enumerate(removed):
+        if each > counts[number - 1] // 2 and number:
+            raise EvoViTError(
+                f"keep_per_block falls from {counts[number - 1]} to {counts[number]} at block {number}; "
+                "a block merges at most half of its tokens: spread it over more blocks."
+            )
+    return removed

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Gt, Le
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from evovit.errors import EvoViTError, in_one_line, shown
@@ -19,6 +19,7 @@ __all__: list[str] = []  # no entry points
 Side = Annotated[int, Ge(1), Le(16384)]  # pixels
 Width = Annotated[int, Ge(1), Le(65536)]
 Depth = Annotated[int, Ge(1), Le(1000)]
+Ratio = Annotated[float, Gt(0), Le(1000)]  # of two widths
 Classes = Annotated[int, Ge(0), Le(1_000_000)]
 REGISTRY_ONLY = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_model_args")
 
@@ -35,8 +36,9 @@ class HostArguments(Options):
     depth: Depth | tuple[Depth, ...] | None = None
     num_heads: Width | tuple[Width, ...] | None = None
     key_dim: Width | tuple[Width, ...] | None = None
-    mlp_ratio: Positive | tuple[Positive, ...] | None = None
-    reg_tokens: Number | None = None
+    mlp_ratio: Ratio | tuple[Ratio, ...] | None = None
+    reg_tokens: Annotated[int, Ge(0), Le(65536)] | None = None
+    init_values: Weight | None = None
     drop_rate: Share | None = None
     drop_path_rate: Share | None = None
     proj_drop_rate: Share | None = None

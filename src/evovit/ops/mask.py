@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from evovit.ops.select import split_top
 from evovit.tokens import QKV
 
 
-def masked_softmax(logits: Tensor, mask: Tensor, eps: float = 1e-6) -> Tensor:
+def masked_softmax(logits: Tensor, mask: Tensor, eps: float = 1e-6, itself: bool = True) -> Tensor:
     """Return attention weights in which masked keys count for nothing, except to themselves (eq. 11).
 
     The mask multiplies the exponentials, so that it has a gradient at 0 too.
@@ -20,26 +21,27 @@ def masked_softmax(logits: Tensor, mask: Tensor, eps: float = 1e-6) -> Tensor:
         logits: (B, H, T, T).
         mask: (B, T) 1 where a token takes part, with gradient.
         eps: of the released code, which spreads it over the row: with a mask of ones nearly the softmax.
+        itself: False: not to themselves either; queries may then be any, logits (B, H, Q, T).
 
     Returns:
         (B, H, T, T) float32.
     """
     logits, mask = logits.float(), mask.float()[:, None, None, :]  # (B, 1, 1, T)
-    itself = torch.eye(logits.shape[-1], device=logits.device)
-    allowed = mask + (1 - mask) * itself  # (B, 1, T, T)
+    allowed = mask + (1 - mask) * torch.eye(logits.shape[-1], device=logits.device) if itself else mask
     weight = (logits - logits.amax(-1, keepdim=True)).exp() * allowed
     return (weight + eps / logits.shape[-1]) / (weight.sum(-1, keepdim=True) + eps)
 
 
-def masked_attention(qkv: QKV, bias: Tensor | None, mask: Tensor) -> Tensor:
+def masked_attention(qkv: QKV, bias: Tensor | None, mask: Tensor, itself: bool = True) -> Tensor:
     """Return values mixed by `masked_softmax`, (B, H, T, D); see `backbones.base.Mix`.
 
     Args:
         mask: (B, T) 1 where a token takes part.
+        itself: as of `masked_softmax`.
     """
     logits = (qkv.q * qkv.scale) @ qkv.k.transpose(-2, -1)
     logits = logits if bias is None else logits + bias
-    return masked_softmax(logits, mask).to(qkv.v.dtype) @ qkv.v
+    return masked_softmax(logits, mask, itself=itself).to(qkv.v.dtype) @ qkv.v
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -90,4 +92,17 @@ def gumbel_keep(log_p: Tensor, noise: Tensor) -> Tensor:
     noisy = log_p + noise
     soft = noisy.softmax(-1)[..., 0]
     hard = (noisy[..., 0] >= noisy[..., 1]).to(soft.dtype)
+    return hard + (soft - soft.detach())  # the value of `hard`, the gradient of `soft`
+
+
+def gumbel_top(log_p: Tensor, noise: Tensor, keep: int, temperature: Tensor) -> Tensor:
+    """Return a sampled choice of `keep` tokens of each image, (B, N) float32: 1 in, 0 out; straight-through.
+
+    Args:
+        log_p: (B, N) float32 log-probabilities; their softmax at this temperature is what learns.
+        noise: the same shape, from `gumbel_noise`.
+    """
+    noisy = (log_p + noise) / temperature.float()
+    soft = noisy.softmax(-1)
+    hard = split_top(noisy, keep).kept.to(soft.dtype)
     return hard + (soft - soft.detach())  # the value of `hard`, the gradient of `soft`

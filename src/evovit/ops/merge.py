@@ -250,3 +250,43 @@ def follow(source: Tensor | None, match: Match) -> Tensor:
     if match.dropped is None:
         return moved.gather(1, source)
     return moved.gather(1, source.clamp_min(0)).where(source >= 0, -1)
+
+
+def soft_match(
+    a: Tensor, b: Tensor, removed: int, neighbours: int, pair_temperature: float, choice_temperature: float
+) -> Tensor:
+    """Return the share of each token a that goes to each b, (B, A, M) float32, with gradient (DTEM).
+
+    A relaxed choice of `removed` pairs among the `neighbours` most similar b of each a; a row sums to at most
+    1, up to rounding.
+
+    Args:
+        a: (B, A, D), b: (B, M, D); compared by cosine, in float32.
+        removed: at most A.
+    """
+    a, b = (F.normalize(each.float(), dim=-1, eps=1e-6) for each in (a, b))
+    kind = "cpu" if a.is_meta else a.device.type  # autocast knows no meta device
+    with torch.autocast(kind, enabled=False):
+        similarity = a @ b.transpose(-2, -1)
+    best, partner = similarity.topk(min(neighbours, b.shape[1]), dim=-1)  # (B, A, K)
+    chosen = relaxed_top(best / pair_temperature, removed, choice_temperature)
+    over = (chosen.sum(-1, keepdim=True) - 1).clamp_min(0).detach()
+    return torch.zeros_like(similarity).scatter(-1, partner, chosen / (1 + over))
+
+
+def relaxed_top(score: Tensor, count: int, temperature: float) -> Tensor:
+    """Return how much each pair is chosen when `count` rows are drawn one after another, (B, A, K).
+
+    Each draw is a softmax over all pairs; a row that was drawn hardly counts in the next (relaxed top-k
+    without replacement).
+
+    Args:
+        score: (B, A, K) float32.
+    """
+    total = torch.zeros_like(score)
+    for _ in range(count):
+        draw = (score / temperature).flatten(1).softmax(-1).reshape(score.shape)
+        total = total + draw
+        left = 1 - draw.sum(-1, keepdim=True)
+        score = score + left.clamp_min(torch.finfo(torch.float32).tiny).log()
+    return total

@@ -104,12 +104,13 @@ def keep_rows(tokens: Tokens, rows: Tensor, among_all: Tensor | None = None) -> 
     return tokens.change(x=take(tokens.x, among_all), index=index, size=size, mask=mask)
 
 
-def keep_prefix(tokens: Tokens) -> Tokens:
-    """Return the prefix tokens alone: N is 0."""
+def keep_leading(tokens: Tokens, count: int) -> Tokens:
+    """Return the first `count` rows alone, the prefix among them: N is count - P."""
     index, size, mask = (
-        None if each is None else each[:, :0] for each in (tokens.index, tokens.size, tokens.mask)
+        None if each is None else each[:, : count - tokens.num_prefix]
+        for each in (tokens.index, tokens.size, tokens.mask)
     )
-    return tokens.change(x=tokens.prefix, index=index, size=size, mask=mask)
+    return tokens.change(x=tokens.x[:, :count], index=index, size=size, mask=mask)
 
 
 def take_heads(x: Tensor, rows: Tensor) -> Tensor:
@@ -130,25 +131,36 @@ def take_qkv(qkv: QKV, rows: Tensor) -> QKV:
     return QKV(q, k, v, qkv.scale, bias, None if qkv.extra is None else take(qkv.extra, rows))
 
 
-def prefix_queries(qkv: QKV, num_prefix: int) -> QKV:
-    """Return what the attention of the prefix rows sees: their queries, the keys and values of all."""
+def take_queries(qkv: QKV, rows: Tensor) -> QKV:
+    """Return what the attention of the rows `rows` (B, K) of the whole tensor sees: all keys."""
     bias, extra = qkv.bias, qkv.extra
     return qkv._replace(
-        q=qkv.q[:, :, :num_prefix],
-        bias=None if bias is None else bias[:, :, :num_prefix],
-        extra=None if extra is None else extra[:, :num_prefix],
+        q=take_heads(qkv.q, rows),
+        bias=None if bias is None else take_heads(bias.expand(rows.shape[0], -1, -1, -1), rows),
+        extra=None if extra is None else take(extra, rows),
     )
 
 
-def even_rows(index: Tensor, keep: int) -> Tensor:
-    """Return `keep` evenly spaced rows of the N that `index` (B, N) has, (B, keep) int64 ascending."""
+def leading_queries(qkv: QKV, count: int) -> QKV:
+    """Return what the attention of the first `count` rows sees: their queries, the keys and values of all."""
+    bias, extra = qkv.bias, qkv.extra
+    return qkv._replace(
+        q=qkv.q[:, :, :count],
+        bias=None if bias is None else bias[:, :, :count],
+        extra=None if extra is None else extra[:, :count],
+    )
+
+
+def split_even(index: Tensor, keep: int) -> Split:
+    """Keep `keep` evenly spaced rows of the N that `index` (B, N) has."""
     batch, num = index.shape
     steps = torch.arange(keep, device=index.device)
-    return ((2 * steps + 1) * num // (2 * keep)).expand(batch, keep)
+    rows = ((2 * steps + 1) * num // (2 * keep)).expand(batch, keep)
+    return Split(rows, torch.zeros_like(index, dtype=torch.bool).scatter(1, rows, True))
 
 
 def rows_where(chosen: Tensor, count: int) -> Tensor:
-    """Return the rows that are True, (B, count) int64 ascending; chosen (B, N) has `count` per image."""
+    """Return the rows that are True, (B, count) int64 ascending; of `count` or, then 0, fewer in (B, N)."""
     batch, num = chosen.shape
     slot = torch.where(chosen, chosen.cumsum(-1) - 1, count)  # the others write to a spare place
     # int32: on GPUs, Inductor does not fuse a scatter of int64

@@ -32,7 +32,10 @@ PICTURE_KNOBS = (
     "workers",
 )
 DIGIT_KNOBS = ("scenes", "test_scenes", "fragments")
-HOW_ONLY = ("run.batch_per_device", "data.workers", "run.checkpoint_every", "run.log_to", "run.device")
+HOW_ONLY = (
+    *("run.batch_per_device", "data.workers", "run.checkpoint_every", "run.keep_every", "run.log_to"),
+    "run.device",
+)
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

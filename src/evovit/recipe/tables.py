@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -15,7 +16,7 @@ from annotated_types import Ge, Le, Lt
 
 from evovit.errors import EvoViTError, shown
 from evovit.methods import DENSE, build_config, find_method
-from evovit.options import MOST, Count, Number, Options, Share, Weight, option
+from evovit.options import MOST, Count, Number, Options, Ratio, Share, Weight, option
 
 Rate = Annotated[float, Ge(0), Le(100)]  # of learning, of decay
 MSTD = r"mstd\d{1,3}(\.\d+)?"
@@ -166,10 +167,10 @@ class OptimizerTable(Options):
             factors = {prefix: float(factor) for prefix, _, factor in pairs if prefix}
         except ValueError:
             factors = {}
-        if len(factors) != len(pairs) or min(factors.values(), default=1.0) < 0:
+        if len(factors) != len(pairs) or not all(0 <= factor < math.inf for factor in factors.values()):
             raise EvoViTError(
-                f"optimizer.rate_factors is {self.rate_factors!r}; give words such as model.=0.01, no factor "
-                "below 0."
+                f"optimizer.rate_factors is {shown(self.rate_factors)}; give words such as model.=0.01, no "
+                "factor below 0 or infinite."
             )
         return factors
 
@@ -215,9 +216,18 @@ class RunTable(Options):
     reduce_ramp_epochs: Number = option(
         0, "epochs over which the share of reduced tokens grows to its full value"
     )
+    budgets: tuple[Ratio, ...] = option(
+        (), "keep ratios of one model for several speeds; the largest learns the labels, the others from it"
+    )
+    sandwich: Literal["both", "alternate"] = option(
+        "both", "budgets of an update beside the largest: the smallest and a random one; or one in turn"
+    )
     test_every: Count = option(1, "epochs between tests; the last epoch is always tested")
     checkpoint_every: Number = option(
         0, "updates between checkpoints, beside the one after each epoch; 0: none"
+    )
+    keep_every: Number = option(
+        0, "epochs between weights that stay in checkpoints/ for evovit analyse; 0: none"
     )
     max_skipped: Count = option(10, "updates in a row skipped for a non-finite loss before the run stops")
     log_to: Literal["none", "tensorboard", "wandb"] = option("none", "also log to this, if installed")

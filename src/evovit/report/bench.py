@@ -10,9 +10,9 @@ from pathlib import Path
 from rich.console import Console
 
 from evovit.bench.profile import PARTS
-from evovit.bench.row import Record, Row, name_of
+from evovit.bench.row import Record, Row, is_whole, name_of
 from evovit.bench.setting import Setting
-from evovit.errors import printable
+from evovit.errors import EvoViTError, printable, shown
 from evovit.methods import DENSE
 from evovit.report.bench_plots import plot_batches, plot_group
 from evovit.report.page import Heading, Note, Paragraph, Part, Quiet, page
@@ -93,6 +93,11 @@ def sentences(row: Row) -> list[str]:
 
 def write_report(folder: Path, records: Sequence[Record]) -> Path:
     """Write `report.html`: the newest record of each variant, engine and setting, by setting."""
+    odd = next((record for record in records if not is_whole(record)), None)
+    if odd is not None:
+        raise EvoViTError(
+            f"{shown(folder / 'rows.jsonl')} has {shown(odd)}, no row of a bench; move it away."
+        )
     newest = {json.dumps([record.get(key) for key in IDENTITY]): record for record in records}
     groups: dict[str, list[Record]] = {}
     for record in newest.values():

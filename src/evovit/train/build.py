@@ -38,28 +38,49 @@ def build_model(recipe: Recipe, num_classes: int, *, weights: bool = True) -> nn
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(recipe.run.seed, "weights"))
-        table = recipe.model
-        if "num_classes" in table.options:
-            raise EvoViTError(
-                "model.options has num_classes, which is said elsewhere: set model.num_classes."
-            )
-        drop_path = {"drop_path_rate": table.drop_path} if table.drop_path else {}
         host = create_host(
-            table.name,
-            {"num_classes": num_classes} | table.options | drop_path,
-            pretrained=weights and table.pretrained,
+            recipe.model.name,
+            host_options(recipe, num_classes),
+            pretrained=weights and recipe.model.pretrained,
             what="model.name",
             seed=recipe.run.seed,
         )
         if weights and recipe.model.weights:
             fit(host, read_state_dict(recipe.model.weights), f"model.weights, {recipe.model.weights!r},")
         freeze(host, recipe.optimizer.frozen.split())
+        check_budgets_of(recipe)
         if recipe.method.name == DENSE:
             return host
-        model = reduce_tokens(host, recipe.method.name, **recipe.method.options)
+        budgets = recipe.run.budgets
+        model = reduce_tokens(host, recipe.method.name, budgets=budgets, **recipe.method.options)
     if recipe.run.reduce_from_epoch or recipe.run.reduce_ramp_epochs:
         model.method.set_reduction(1.0)  # refuses a method that cannot
     return model
+
+
+def check_budgets_of(recipe: Recipe) -> None:
+    """Raise `EvoViTError` where a recipe says what several budgets in one update do not allow."""
+    run, goal = recipe.run, recipe.objective
+    others = {
+        "method.name dense": recipe.method.name == DENSE,
+        "run.reduce_from_epoch": run.reduce_from_epoch,
+        "run.reduce_ramp_epochs": run.reduce_ramp_epochs,
+        "run.activation_checkpointing": run.activation_checkpointing,
+        "objective.token_label_weight": goal.token_label_weight,
+        "objective.mix_token": goal.mix_token,
+    }
+    for name, given in others.items():
+        if run.budgets and given:
+            raise EvoViTError(f"run.budgets does not go with {name}; leave one of them out.")
+
+
+def host_options(recipe: Recipe, num_classes: int) -> dict[str, Any]:
+    """Return the arguments with which a recipe creates its host."""
+    table = recipe.model
+    if "num_classes" in table.options:
+        raise EvoViTError("model.options has num_classes, which is said elsewhere: set model.num_classes.")
+    drop_path = {"drop_path_rate": table.drop_path} if table.drop_path else {}
+    return {"num_classes": num_classes} | table.options | drop_path
 
 
 def freeze(host: nn.Module, names: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ where heads are made for the teacher ("distilled"), all others learn the labels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,14 @@ from evovit.model import ReducedViT, backbone_of
 from evovit.recipe.tables import ObjectiveTable
 from evovit.tokens import Outputs, Taught, Tokens, logits_of
 from evovit.train.token_labels import run_with_token_labels, with_token_labels
+
+
+class Looked(NamedTuple):
+    """One forward of an objective."""
+
+    terms: dict[str, Tensor]  # of the loss, by name, weighted
+    heads: dict[str, Tensor]  # logits (B, classes) by name, "class" first
+    taught: Taught | None
 
 
 class Objective(nn.Module):
@@ -66,6 +75,10 @@ class Objective(nn.Module):
             targets: (B,) int64 classes, (B, classes) shares after mixup, or with token labels
                 (B, 1 + N, classes) shares of image and patches.
         """
+        return self.look(images, targets).terms
+
+    def look(self, images: Tensor, targets: Tensor) -> Looked:
+        """Return loss terms, the logits of every head and what the teacher said."""
         outputs: Outputs | None = None
         labelled: dict[str, Tensor] = {}
         if isinstance(self.model, ReducedViT) and self.labels_tokens:
@@ -89,7 +102,7 @@ class Objective(nn.Module):
             if self.goal.token_distillation > 0 and taught is not None:
                 distance = token_distance(self.model, outputs, taught.features)
                 terms["tokens"] = self.goal.token_distillation * distance
-        return terms
+        return Looked(terms, {"class": logits, **others}, taught)
 
     def second_start(self) -> Callable[[Tokens], Tokens] | None:
         """Return how a second pass of the same images begins, if the method trains by two."""

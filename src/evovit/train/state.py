@@ -22,6 +22,7 @@ from evovit.runtime.files import hash_file, read_json, remove_leftovers, told, w
 
 FOLDER = "checkpoints"
 BEST = "best-"
+COURSE = "epoch-"  # weights that stay, of some epochs (run.keep_every)
 KEPT = 2  # checkpoints of the course of a training; the older is for the case that the newer is damaged
 
 
@@ -50,6 +51,8 @@ def write_numbered(folder: Path, update: int, checkpoint: Checkpoint, prefix: st
 
 def drop_older(folder: Path, prefix: str = "") -> None:
     """Drop the checkpoints that are no longer needed."""
+    if prefix == COURSE:
+        return
     with told(folder):
         for stale in numbered(folder, prefix)[1 if prefix else KEPT :]:
             (folder / f"{stale}.json").unlink()  # first: without it the tensors are no checkpoint
@@ -92,6 +95,12 @@ def read_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, complaints
 
 
+def course(folder: Path) -> dict[int, str]:
+    """Return the names of a run's checkpoints by the updates done before each, rising."""
+    names = [*numbered(folder), *numbered(folder, BEST), *numbered(folder, COURSE)]
+    return dict(sorted((int(name.rpartition("-")[2]), name) for name in names))
+
+
 def read_weights(run: Path, which: str) -> dict[str, Tensor]:
     """Return the weights of a run: last, best, or ema (of the last checkpoint)."""
     folder = run / FOLDER
@@ -121,7 +130,7 @@ def clear_folder(folder: Path) -> None:
         remove_leftovers(place, held=True)
     whole = {path.stem for path in checkpoints.glob("*.json")}
     for path in checkpoints.glob("*.safetensors"):
-        if path.stem not in whole and path.stem.removeprefix(BEST).isdigit():
+        if path.stem not in whole and path.stem.removeprefix(BEST).removeprefix(COURSE).isdigit():
             path.unlink()
 
 

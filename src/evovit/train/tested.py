@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +24,9 @@ from evovit.runtime.files import read_state_dict
 from evovit.runtime.world import World
 from evovit.train.build import build_model, colours_of, fit, open_images_of
 from evovit.train.evaluate import evaluate
+from evovit.train.records import EPOCHS, read_lines
 from evovit.train.run import settle
-from evovit.train.state import read_weights
+from evovit.train.state import FOLDER, course, part, read_checkpoint, read_weights
 
 OF_A_RUN = ("last", "best", "ema")
 
@@ -147,6 +148,25 @@ def _splits(folder: Path) -> dict[str, Any]:
     return {"source": str(folder.parent), "train_split": folder.name, "test_split": folder.name}
 
 
+def weights_by_epoch(run: Path, most: int) -> list[tuple[str, dict[str, Tensor]]]:
+    """Return the weights of a run's checkpoints, each with the name of its epoch, oldest first.
+
+    Args:
+        most: so many at most, 2 or more, evenly spread; first and last are among them.
+    """
+    epochs = {record["update"]: record.get("epoch") for record in read_lines(run / EPOCHS)}
+    found = list(course(run / FOLDER).items())
+    if len(found) > most:
+        found = [found[round(i * (len(found) - 1) / (most - 1))] for i in range(most)]
+    return [
+        (
+            f"epoch {epochs[update]}" if update in epochs else f"update {update}",
+            part(read_checkpoint(run / FOLDER, name).tensors, "model."),
+        )
+        for update, name in found
+    ]
+
+
 def places_of(names: Sequence[str], model: Any) -> Tensor | None:
     """Return the model's class of each class of the images; None where they are the same in number.
 
@@ -165,8 +185,25 @@ def places_of(names: Sequence[str], model: Any) -> Tensor | None:
     return torch.tensor([known[name] for name in names])
 
 
-def test_lines(tested: Tested, methods: Sequence[str], world: World) -> Iterator[str]:
-    """Test the model as it is and with each method; yield a line for each."""
+def at_budgets(models: Mapping[str, nn.Module], budgets: Sequence[float]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each model, a reduced one once per budget, which is then in force."""
+    for what, each in models.items():
+        own = (budgets or each.budgets) if isinstance(each, ReducedViT) else ()
+        for budget in own:
+            each.budget = budget  # type: ignore[assignment]
+            yield f"{what}, budget {budget:g}", each
+        if not own:
+            yield what, each
+
+
+def test_lines(
+    tested: Tested, methods: Sequence[str], world: World, budgets: Sequence[float] = ()
+) -> Iterator[str]:
+    """Test the model as it is and with each method; yield a line for each.
+
+    Args:
+        budgets: each reduced model is tested at each; default: one trained for several, at those.
+    """
     asked = [(name, options) for name, options in map(read_named, methods)]
     for name, options in asked:
         build_config(find_method(name), options)
@@ -176,10 +213,10 @@ def test_lines(tested: Tested, methods: Sequence[str], world: World) -> Iterator
     if asked and host is not model:
         models["dense"] = host
     for text, (name, options) in zip(methods, asked, strict=True):
-        models[text] = reduce_tokens(host, name, **options)
+        models[text] = reduce_tokens(host, name, budgets=tuple(budgets), **options)
     yield f"{tested.name}:"
     first = None
-    for what, each in models.items():
+    for what, each in at_budgets(models, budgets):
         accuracy = evaluate(each, tested.images, tested.recipe, world, tested.places)
         beside = "" if first is None else f" ({accuracy.top1 - first:+.2f})"
         first = accuracy.top1 if first is None else first

@@ -33,6 +33,7 @@ from evovit.train.build import build_objective
 from evovit.train.evaluate import autocast, evaluate
 from evovit.train.optimizers import build_optimizers, set_rates
 from evovit.train.records import Records
+from evovit.train.sandwich import Sandwich, other_budgets
 
 
 class Trainer:
@@ -71,11 +72,12 @@ class Trainer:
         self.reported: set[str] = set()  # paths of unreadable images
         self.totals = {"loss": 0.0, "counted": 0.0, "seconds": 0.0}  # of this epoch so far
         self.resume()
+        self.goal: nn.Module = Sandwich(self.objective) if run.budgets else self.objective
         if run.compile:
-            self.objective.compile()
-        self.forward: nn.Module = self.objective
+            self.goal.compile()
+        self.forward: nn.Module = self.goal
         if world.size > 1:
-            self.forward = DistributedDataParallel(self.objective)
+            self.forward = DistributedDataParallel(self.goal)
 
     def fit(self, stop: Sequence[object] = ()) -> bool:
         """Train to the end; False if there was something in `stop` before, as `stop_signal` puts it there."""
@@ -117,13 +119,14 @@ class Trainer:
         start = time.perf_counter()
         set_rates(self.recipe, self.optimizers, self.update, self.per_epoch)
         terms: dict[str, Tensor] = {}
+        budgets = (other_budgets(self.recipe.run, self.update),) if self.recipe.run.budgets else ()
         for forward in range(self.accumulate):
             images, targets = next(batches)
             torch.manual_seed(seed_for(self.recipe.run.seed, self.update, forward, self.world.rank))
             last = forward == self.accumulate - 1
-            with nullcontext() if last or self.forward is self.objective else self.forward.no_sync():  # type: ignore[operator]
+            with nullcontext() if last or self.forward is self.goal else self.forward.no_sync():  # type: ignore[operator]
                 with autocast(self.recipe, self.world.device):
-                    found = self.forward(self.move(images), self.move(targets))
+                    found = self.forward(self.move(images), self.move(targets), *budgets)
                 self.scaler.scale(sum(found.values()) / self.accumulate).backward()
             terms = {name: terms.get(name, 0) + value.detach() for name, value in found.items()}
         parts = self.accumulate * self.world.size
@@ -204,6 +207,7 @@ class Trainer:
         if (epoch + 1) % run.test_every == 0 or epoch + 1 == run.epochs:
             accuracy = evaluate(self.model, self.images, self.recipe, self.world)
             record |= {"top1": accuracy.top1, "top5": accuracy.top5, "test_images": accuracy.images}
+            record |= self.test_budgets()
             if run.ema_decay:
                 record["ema_top1"] = self.test_average()
         record["seconds"] = totals["seconds"] + time.perf_counter() - start
@@ -219,7 +223,21 @@ class Trainer:
         if record.get("top1", -1.0) > self.best:
             self.best = record["top1"]
             self.save(state.BEST)
+        if run.keep_every and (epoch + 1) % run.keep_every == 0:
+            self.save(state.COURSE)
         self.save()
+
+    def test_budgets(self) -> dict[str, float]:
+        """Return the top-1 at each budget below the largest."""
+        model, found = self.model, dict[str, float]()
+        if not isinstance(model, ReducedViT):
+            return found
+        for budget in model.budgets[1:]:
+            model.budget = budget
+            found[f"top1_at_{budget:g}"] = evaluate(model, self.images, self.recipe, self.world).top1
+        if found:
+            model.budget = model.budgets[0]
+        return found
 
     def test_average(self) -> float:
         """Return the top-1 of the averaged weights."""

@@ -1,0 +1,114 @@
+"""`evovit calibrate`: masks of patch slimming for a model, found on a folder of photographs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+RANDOM_IMAGES = 32
+
+
+def calibrate(
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
+    /,
+    out: Path,
+    images: Path | None = None,
+    tolerance: float = 0.01,
+    error: str = "relative",
+    step: int = 10,
+    count: int = 1000,
+    epochs: int = 0,
+    rate: float = 1e-4,
+    batch: int = 8,
+    pretrained: bool = False,
+    weights: str = "",
+    device: str = "auto",
+) -> None:
+    """Find which patches of every image a model can do without, block by block, and save it so.
+
+    No label is read. evovit.load_reduced(OUT) opens the result; evovit export takes it too.
+
+    $ evovit calibrate deit_small_patch16_224 --pretrained --images photos --out slimmed
+    $ evovit calibrate runs/dense/seed0 --images photos --tolerance 0.02 --out slimmed
+
+    Args:
+        model: a timm name, or the folder of a dense run of evovit train.
+        images: folder of photographs, in folders of their own or not. Without it the images are random, and
+            the masks tell nothing about photographs.
+        out: folder to write.
+        tolerance: largest error that a block's masks may make in the output of the next (paper: 0.01, 0.02).
+        error: relative (squared difference over squared value) or squared (its mean).
+        step: patches tried together.
+        count: photographs read at most, evenly spread.
+        epochs: passes that train a block's own weights for each number of patches tried; 0: no training.
+        rate: learning rate of that.
+        batch: images at once.
+        pretrained: of a timm name: the published weights, which are downloaded.
+        weights: of a timm name: a .pth or .safetensors file; of a run: last (default), best or ema.
+        device: auto, cpu or cuda.
+    """
+    import torch
+
+    from evovit.calibration import Kept
+    from evovit.calibration import calibrate as find
+    from evovit.checkpoints.reduced import save_reduced
+    from evovit.data.photographs import read_photographs
+    from evovit.engines.exporting import preprocessing_of
+    from evovit.errors import EvoViTError, check_choice, check_count, printable
+    from evovit.macs import gmacs
+    from evovit.model import ReducedViT, backbone_of
+    from evovit.recipe.reading import read_recipe
+    from evovit.runtime.files import make_folder
+    from evovit.runtime.world import join_world
+    from evovit.train.build import host_options
+    from evovit.train.tested import open_model
+
+    check_choice("device", device, ("auto", "cpu", "cuda"))
+    check_count("count", count, 1, 10**6)
+    host, preprocessing, said = open_model(model, weights, pretrained)
+    if isinstance(host, ReducedViT):
+        raise EvoViTError(f"{model!r} is reduced already; give a dense model.")
+    prepared = preprocessing or preprocessing_of(host)
+    shape = backbone_of(host).image_shape
+    if images is None:
+        photographs = torch.randn(RANDOM_IMAGES, *shape, generator=torch.Generator().manual_seed(0))
+        print(
+            f"evovit: without --images the masks are found on {RANDOM_IMAGES} random images: "
+            "they tell nothing about photographs"
+        )
+    else:
+        photographs = read_photographs(images, prepared, count)
+        print(f"evovit: {len(photographs)} photographs of {printable(images)}")
+    if said:
+        print(f"evovit: {said}")
+    make_folder(out)
+    cells = backbone_of(host).spec.grid[0] * backbone_of(host).spec.grid[1]
+
+    def tell(kept: Kept) -> None:
+        print(
+            f"block {kept.number}: keeps {kept.patches} of {cells} patches, error {kept.error:.2g}",
+            flush=True,
+        )
+
+    with join_world(device) as world:
+        reduced = find(
+            host.to(world.device),
+            photographs,
+            tolerance=tolerance,
+            error=error,  # type: ignore[arg-type]  # the function checks it
+            step=step,
+            epochs=epochs,
+            rate=rate,
+            batch=batch,
+            told=tell,
+        ).to("cpu")
+    named: dict[str, Any] = {}
+    if (Path(model) / "recipe.toml").is_file():  # a host of timm may not tell itself how it was made
+        recipe = read_recipe(Path(model) / "recipe.toml")
+        if not recipe.model.name.startswith("hf:"):
+            named = {"host": recipe.model.name, "host_options": host_options(recipe, reduced.num_classes)}
+    save_reduced(reduced.eval(), out, **named)
+    print(f"{gmacs(host, shape):.4g} GMACs dense, {gmacs(reduced, shape):.4g} reduced")
+    print(f"{printable(out)}: evovit.load_reduced opens it")

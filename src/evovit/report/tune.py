@@ -1,0 +1,130 @@
+"""What a search for a schedule says: the answer, damage against measured time, both tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evovit.report.page import Heading, Note, Paragraph, Part, Quiet, drawn, page
+from evovit.report.plots import MARKS, outside_legend
+from evovit.report.tables import Table, speedup_text, table
+from evovit.runtime.files import write_text
+from evovit.tuning.tune import Tuned
+from evovit.visualize import plain
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RANDOM = (
+    "No images were given: damage was measured on random ones, which says little. Give --images with a few "
+    "hundred photographs like those the model will see."
+)
+
+
+def candidates_table(found: Tuned, most: int = 30) -> Table:
+    """Return what was measured, fastest first; the winner is bold."""
+    ordered = sorted(found.candidates, key=lambda one: one.ms)[:most]
+    columns = ("plan", "ms", "speed-up", "predicted ms", "GMACs", "damage", "predicted damage")
+    rows = [
+        [
+            str(one.plan),
+            f"{one.ms:.2f}",
+            speedup_text(one.speedup, one.noise),
+            "" if one.predicted_ms is None else f"{one.predicted_ms:.2f}",
+            f"{one.gmacs:.3f}",
+            f"{one.damage:.4g}",
+            "" if one.predicted_damage is None else f"{one.predicted_damage:.4g}",
+        ]
+        for one in ordered
+    ]
+    return table(columns, rows, [found.best is not None and one.plan == found.best.plan for one in ordered])
+
+
+def draw_pareto(found: Tuned) -> Figure:
+    """Draw damage against measured time of all plans: schedules filled, methods' own knobs hollow."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    methods = sorted({one.plan.method for one in found.candidates})
+    for number, method in enumerate(methods):
+        for own in (False, True):
+            some = [
+                one
+                for one in found.candidates
+                if one.plan.method == method and ("keep_per_block" not in one.plan.options) == own
+            ]
+            if some:
+                axes.plot(
+                    [one.ms for one in some],
+                    [one.damage for one in some],
+                    MARKS[number % len(MARKS)],
+                    color=f"C{number % 10}",
+                    fillstyle="none" if own else "full",
+                    label=plain(f"{method}, {'its own knob' if own else 'searched schedule'}"),
+                )
+    if found.best is not None:
+        axes.plot(
+            found.best.ms, found.best.damage, "*", color="black", markersize=15, label="chosen", zorder=3
+        )
+    axes.axvline(found.dense_ms, color="grey", linestyle="-", label="dense")
+    axes.axvline(found.dense_ms / found.target, color="grey", linestyle="--", label="wished")
+    axes.set(xlabel="ms per batch, measured", ylabel=plain(found.conditions["measure"]), xlim=(0, None))
+    if min((one.damage for one in found.candidates), default=0) > 0:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    outside_legend(figure, axes)
+    return figure
+
+
+def latency_table(found: Tuned) -> Table:
+    """Return the latency table."""
+    latency = found.latency
+    rows = [
+        [str(count), *(f"{latency.ms[part][i]:.3f} ± {latency.noise[part][i]:.1%}" for part in latency.ms)]
+        for i, count in enumerate(latency.rows)
+    ]
+    return table(("rows", *(f"{part}, ms" for part in latency.ms)), rows)
+
+
+def parts_of(found: Tuned, top1: Sequence[str] = ()) -> list[Part]:
+    """Return the page's parts."""
+    latency = found.latency
+    parts: list[Part] = [Paragraph(found.sentence), *(Paragraph(line) for line in top1)]
+    if found.conditions["random_images"]:
+        parts.append(Note(RANDOM))
+    parts += [
+        Quiet(
+            f"Wished {found.target:.2f}x. {found.conditions['clock']}; {found.conditions['images']} images."
+        ),
+        Heading("Damage against time"),
+        drawn(draw_pareto(found), "damage against measured time of all plans"),
+        candidates_table(found),
+        Heading("Latency table"),
+        Paragraph(
+            f"Time of the halves of a block and of the last block by rows; dense {latency.dense_ms:.3f} ms, "
+            f"of which {latency.rest_ms:.3f} ms lie outside the blocks. Noise: median absolute deviation."
+        ),
+        latency_table(found),
+    ]
+    for name, sensitivity in found.sensitivity.items():
+        parts += [
+            Heading(f"Sensitivity of {name}"),
+            Paragraph("Damage where a block (row), and all after it, keep so many patch tokens (column)."),
+            table(
+                ("block", *map(str, sensitivity.counts)),
+                [
+                    [str(block), *(f"{value:.3g}" for value in row)]
+                    for block, row in zip(sensitivity.blocks, sensitivity.values, strict=True)
+                ],
+            ),
+        ]
+    return parts
+
+
+def write_report(folder: Path, found: Tuned, top1: Sequence[str] = ()) -> Path:
+    """Write `report.html`."""
+    path = folder / "report.html"
+    write_text(path, page("evovit tune", parts_of(found, top1)))
+    return path

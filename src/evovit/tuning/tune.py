@@ -1,0 +1,385 @@
+"""`tune`: from a wished speed to the schedule with the least damage, measured for real."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from evovit.backbones import adapt, check_adapter, read_host
+from evovit.backbones.base import BackboneSpec
+from evovit.bench.row import compare
+from evovit.bench.setting import Setting
+from evovit.errors import EvoViTError, check_count, shown
+from evovit.macs import gmacs
+from evovit.methods import find_method
+from evovit.model import ReducedViT
+from evovit.runtime.files import make_folder, read_json, told, write_text
+from evovit.tuning.clock import Clock, EngineClock, median
+from evovit.tuning.latency import LatencyTable, blank, measure_latency, row_grid
+from evovit.tuning.plans import PLACES, Plan, choose_methods, rows_of, with_budget, with_counts
+from evovit.tuning.search import Costs, search
+from evovit.tuning.sensitivity import SensitivityTable, answers, block_grid, count_grid, damage
+
+MARGIN = 0.03  # below the target that still counts as met
+DENSE_IS_FASTER = 1.03  # a best speed-up below this is none
+TABLES = "tables.json"
+SEARCHED, FAMILIES = 7, 1  # schedules found by search and own knobs per method that a round measures
+ROUNDS = 3  # of searching and measuring; each learns from the times before
+OWN_BUDGETS = (0.7, 0.5)  # at which a method's own knob is a point of the plot
+
+
+class Candidate(NamedTuple):
+    """A plan with what was measured of it."""
+
+    plan: Plan
+    ms: float
+    speedup: float  # over dense in the same rounds
+    noise: float  # of the speed-up, relative
+    damage: float  # see `sensitivity.damage`; on all images
+    gmacs: float
+    predicted_ms: float | None = None
+    predicted_damage: float | None = None
+
+
+@dataclass
+class Tuned:
+    """What a search found."""
+
+    model: ReducedViT | None  # the winner; None where dense is faster
+    best: Candidate | None
+    target: float  # wished speed-up
+    met: bool
+    sentence: str  # the answer in words
+    dense_ms: float
+    candidates: list[Candidate]  # everything measured
+    latency: LatencyTable
+    sensitivity: dict[str, SensitivityTable]  # by method
+    conditions: dict[str, Any] = field(default_factory=dict)
+
+
+def tune(
+    model: nn.Module,
+    images: Tensor | None = None,
+    *,
+    speedup: float | None = None,
+    latency_ms: float | None = None,
+    methods: Sequence[str] = (),
+    engine: str = "eager",
+    precision: str = "fp32",
+    batch: int = 1,
+    device: str = "cpu",
+    threads: int | None = None,
+    rounds: int = 20,
+    tables: str | Path | None = None,
+    clock: Clock | None = None,
+    log: Callable[[str], None] = lambda line: None,
+) -> Tuned:
+    """Find the schedule that makes a model as fast as wished with the least damage; nothing is trained.
+
+    Args:
+        model: a supported host of one stage, with its weights.
+        images: (N, channels, height, width) without labels, as the model takes them, a few hundred; None:
+            random ones, which say little about damage.
+        speedup: wished, over the host on the same engine; or `latency_ms`, milliseconds of a batch.
+        methods: each NAME or NAME:option=value; default: evo_vit, evit, tome and evenly spaced tokens.
+        engine, precision, batch, device, threads: how the model will run, as `evovit bench` names them.
+        rounds: times each final candidate is timed.
+        tables: folder in which both tables and all measured times are kept and found again.
+        clock: what measures, in place of real time.
+
+    Raises:
+        EvoViTError: no or two wishes, an unsupported host, a method that has to be trained first.
+    """
+    expect_wish(speedup, latency_ms)
+    if isinstance(model, ReducedViT):
+        raise EvoViTError("model is reduced already; tune its host, model.model.")
+    spec = read_host(model).spec
+    check_adapter(model)
+    setting = Setting(
+        model=type(model).__name__,
+        device=device,
+        dtype=precision,
+        batch=check_count("batch", batch, 1, 4096),
+        engines=(engine,),
+        threads=threads,
+        rounds=check_count("rounds", rounds, 4, 10_000),
+    )
+    calibration = blank(model, 16) if images is None else images
+    bases = choose_methods(methods, spec)
+    work = _Search(model, spec, calibration, bases, clock or EngineClock(setting), setting, tables, log)
+    return work.run(speedup, latency_ms, images is None)
+
+
+def expect_wish(speedup: Any, latency_ms: Any) -> None:
+    """Raise `EvoViTError` unless one speed, and a possible one, is wished."""
+    if (speedup is None) == (latency_ms is None):
+        raise EvoViTError("Give either a speed-up, such as 1.5, or a latency in milliseconds.")
+    for name, value, low in (("speedup", speedup, 1), ("latency_ms", latency_ms, 0)):
+        good = isinstance(value, int | float) and not isinstance(value, bool) and low < value < 1000 * 1000
+        if value is not None and not good:
+            raise EvoViTError(f"{name} is {shown(value)}; allowed is a number above {low}.")
+
+
+class _Search:
+    """The steps of one search, each kept on disk once it is done."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: BackboneSpec,
+        images: Tensor,
+        bases: Sequence[Plan],
+        clock: Clock,
+        setting: Setting,
+        tables: str | Path | None,
+        log: Callable[[str], None],
+    ) -> None:
+        self.model, self.spec, self.images, self.bases = model, spec, images, bases
+        self.clock, self.setting, self.log = clock, setting, log
+        self.backbone = adapt(model)
+        shape = self.backbone.image_shape
+        if tuple(images.shape[1:]) != tuple(shape):
+            raise EvoViTError(
+                f"images are {tuple(images.shape)}; this host takes (N, {', '.join(map(str, shape))})."
+            )
+        self.num_patches = spec.grid[0] * spec.grid[1]
+        self.has_head = spec.num_classes > 0
+        self.batch = blank(model, setting.batch)
+        self.dense = answers(model, images)
+        self.path = None if tables is None else Path(tables) / TABLES
+        self.of = self.stamp()
+        self.kept: dict[str, Any] = {}
+        if self.path is not None:
+            make_folder(self.path.parent)
+            self.kept = read_json(self.path, "evovit") if self.path.is_file() else {}
+
+    # what is kept on disk
+
+    def once(self, key: str, make: Callable[[], Any]) -> Any:
+        """Return what is kept under a key, or make it and keep it."""
+        if key not in self.kept:
+            self.kept[key] = make()
+            if self.path is not None:
+                with told(self.path.parent):
+                    write_text(self.path, json.dumps(self.kept))
+        return self.kept[key]
+
+    def stamp(self) -> str:
+        """Return a text that stands for this host with its weights and images."""
+        digest = blake2b(digest_size=12)
+        for name, value in self.model.state_dict().items():
+            digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
+        digest.update(self.images.float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    # the two tables
+
+    def measure_latency(self) -> LatencyTable:
+        rows = row_grid(self.spec.num_prefix, self.num_patches)
+        kept = self.once(
+            f"latency {self.clock.name()} {self.of}",
+            lambda: asdict(measure_latency(self.model, self.batch, rows, self.clock, 12, self.log)),
+        )
+        tuples = {part: {key: tuple(value) for key, value in kept[part].items()} for part in ("ms", "noise")}
+        return LatencyTable(**kept | tuples | {"rows": tuple(kept["rows"])})
+
+    def measure_sensitivity(self, base: Plan) -> SensitivityTable:
+        blocks, counts = block_grid(self.spec.depth), count_grid(self.num_patches)
+        self.log(
+            f"sensitivity of {base}: {len(blocks)} blocks x {len(counts)} counts, {len(self.images)} images"
+        )
+        values = []
+        for block in blocks:
+            row = []
+            for count in counts:
+                plan = self.single(base, block, count)
+                row.append(self.damage_of(plan))
+            values.append((*row, 0.0))
+        return SensitivityTable(blocks, (*counts, self.num_patches), tuple(values))
+
+    def single(self, base: Plan, block: int, count: int) -> Plan:
+        """Return the plan that reduces at one block alone, in as few blocks as the method can."""
+        counts = [self.num_patches] * self.spec.depth
+        now = self.num_patches
+        for number in range(block, self.spec.depth):
+            least = now - now // 2 if find_method(base.method).merges else 1
+            now = max(count, least)
+            counts[number] = now
+        return with_counts(base, counts)
+
+    def damage_of(self, plan: Plan) -> float:
+        """Return how far a plan moves the outputs on all images."""
+
+        def make() -> float:
+            return damage(self.dense, answers(plan.build(self.model), self.images), self.has_head)
+
+        return float(self.once(f"damage {plan.key} {self.of}", make))
+
+    # the search
+
+    def run(self, wish: float | None, latency_ms: float | None, random: bool) -> Tuned:
+        latency = self.measure_latency()
+        target = wish if wish is not None else latency.dense_ms / float(latency_ms or 1)
+        tables = {base.key: self.measure_sensitivity(base) for base in self.bases}
+        self.latency = latency
+        own = [with_budget(base, budget, self.spec) for base in self.bases for budget in OWN_BUDGETS]
+        pool = self.measure([(plan, self.predicted_ms(plan), None) for plan in own], "own knobs")
+        costs = {base.key: self.costs(base, tables[base.key], pool) for base in self.bases}
+        for turn in range(ROUNDS):
+            asked = [
+                entry
+                for entry in self.proposals(costs, target)
+                if entry[0].key not in {one.plan.key for one in pool}
+            ]
+            if not asked:
+                break
+            pool += self.measure(asked, f"round {turn + 1}")
+            costs = {base.key: self.rescaled(base, costs[base.key], pool) for base in self.bases}
+        best, met, dense_ms = self.choose(pool, target)
+        conditions = {
+            "clock": self.clock.name(),
+            "images": len(self.images),
+            "random_images": random,
+            "measure": "KL divergence of the classes" if self.has_head else "relative feature distance",
+        }
+        found = Tuned(None, best, target, met, "", dense_ms, pool, latency, {}, conditions)
+        found.sensitivity = {str(base): tables[base.key] for base in self.bases}
+        if best is not None:
+            found.model = best.plan.build(self.model)
+        found.sentence = answer(found)
+        return found
+
+    def costs(self, base: Plan, table: SensitivityTable, pool: Sequence[Candidate]) -> Costs:
+        """Return what the search knows of a method; its overhead from its own knob's measured times."""
+        cls = find_method(base.method)
+        counts = [self.num_patches] * (self.spec.depth - 2) + [self.num_patches // 2] * 2
+        trace = rows_of(with_counts(base, counts).build(self.model), self.batch[:1])
+        extra = trace[1][-2] - self.spec.num_prefix - self.num_patches // 2
+        parks = trace[0] == trace[1]
+        costs = Costs(self.latency, table, parks, extra, 0.0, merges=cls.merges)
+        return self.rescaled(base, costs, pool)
+
+    def rescaled(self, base: Plan, costs: Costs, pool: Sequence[Candidate]) -> Costs:
+        """Return the costs with predicted times scaled to those measured of this method."""
+        own = [one for one in pool if self.is_of(one.plan, base) and one.predicted_ms]
+        ratios = [one.ms / one.predicted_ms for one in own if one.predicted_ms]
+        recent = ratios[-SEARCHED:]
+        return replace(costs, scale=median(recent) if recent else costs.scale)
+
+    def is_of(self, plan: Plan, base: Plan) -> bool:
+        shared = {key: value for key, value in base.options.items() if key not in ("keep_ratio", *PLACES)}
+        return plan.method == base.method and all(
+            plan.options.get(key) == value for key, value in shared.items()
+        )
+
+    def predicted_ms(self, plan: Plan) -> float:
+        return self.latency.predict(*rows_of(plan.build(self.model), self.batch[:1]))
+
+    def proposals(self, costs: Mapping[str, Costs], target: float) -> list[tuple[Plan, float, float | None]]:
+        """Return the plans of a round: the best schedules over all methods, and each method's own knob."""
+        wanted = self.latency.dense_ms / (target * (1 + MARGIN / 3))
+        rows = [count for count in self.latency.rows if count > self.spec.num_prefix + 1]
+        found: list[tuple[float, Plan, float]] = []
+        asked: list[tuple[Plan, float, float | None]] = []
+        for base in self.bases:
+            cost = costs[base.key]
+            least = min(cost.sensitivity.counts)
+            kept = {row - self.spec.num_prefix - cost.extra for row in rows[:-1]}
+            counts = [self.num_patches, *sorted((n for n in kept if n >= least), reverse=True)]
+            for one in search(cost, counts, self.spec.num_prefix, wanted, SEARCHED):
+                found.append((one.damage, with_counts(base, one.counts), one.ms / cost.scale))
+            asked += [(plan, ms, None) for plan, ms in self.own_knob(base, wanted / cost.scale)]
+        found.sort(key=lambda entry: (entry[0], entry[1].key))
+        each: dict[str, int] = {}
+        chosen: list[tuple[Plan, float, float | None]] = []
+        for hurt, plan, ms in found:
+            name = plan.key.split('"keep_per_block"')[0]
+            if each.get(name, 0) < max(2, SEARCHED // 2) and len(chosen) < SEARCHED:
+                each[name] = each.get(name, 0) + 1
+                chosen.append((plan, ms, hurt))
+        return chosen + asked
+
+    def own_knob(self, base: Plan, wanted_ms: float) -> list[tuple[Plan, float]]:
+        """Return the largest budget of a method's own knob that is fast enough, found by halving."""
+        low, high, best = 0.02, 1.0, None
+        for _ in range(7):
+            middle = (low + high) / 2
+            plan = with_budget(base, round(middle, 3), self.spec)
+            ms = self.predicted_ms(plan)
+            if ms <= wanted_ms:
+                low, best = middle, (plan, ms)
+            else:
+                high = middle
+        return [] if best is None else [best]
+
+    def measure(
+        self, asked: Sequence[tuple[Plan, float, float | None]], what: str, rounds: int | None = None
+    ) -> list[Candidate]:
+        """Time plans in turn with the host, and see what each does to all images."""
+        rounds = rounds or max(4, self.setting.rounds // 2)
+        key = blake2b("".join(plan.key for plan, *_ in asked).encode(), digest_size=12).hexdigest()
+        self.log(f"{what}: {len(asked)} plans in turn with dense, {rounds} rounds")
+
+        def make() -> dict[str, list[float]]:
+            models: dict[str, nn.Module] = {"dense": self.model}
+            models |= {plan.key: plan.build(self.model) for plan, *_ in asked}
+            return self.clock.times(models, dict.fromkeys(models, self.batch), rounds)
+
+        times = self.once(f"times {self.clock.name()} {rounds} {key} {self.of}", make)
+        found = []
+        for plan, ms, hurt in asked:
+            ratio = compare(times["dense"], times[plan.key])
+            real = self.damage_of(plan)
+            work = gmacs(plan.build(self.model), self.backbone.image_shape)
+            found.append(
+                Candidate(plan, median(times[plan.key]), ratio.value, ratio.noise, real, work, ms, hurt)
+            )
+        self.dense_ms = median(times["dense"])
+        return found
+
+    def choose(self, pool: list[Candidate], target: float) -> tuple[Candidate | None, bool, float]:
+        """Time the best once more, longer; return the winner, whether it is fast enough, and dense's time."""
+        fast = sorted((one for one in pool if one.speedup >= target), key=lambda one: one.damage)
+        near = sorted(
+            (one for one in pool if one.speedup >= target * (1 - MARGIN)), key=lambda one: one.damage
+        )
+        quick = sorted(pool, key=lambda one: -one.speedup)
+        few = list({one.plan.key: one for one in [*fast[:4], *near[:2], *quick[:1]]}.values())[:6]
+        again = self.measure(
+            [(one.plan, one.predicted_ms or 0.0, one.predicted_damage) for one in few],
+            "finalists",
+            self.setting.rounds,
+        )
+        final = {one.plan.key: one for one in again}
+        pool[:] = [final.get(one.plan.key, one) for one in pool]
+        for least in (target, target * (1 - MARGIN)):
+            able = [one for one in again if one.speedup >= least]
+            if able:
+                return min(able, key=lambda one: one.damage), True, self.dense_ms
+        best = max(again, key=lambda one: one.speedup)
+        return (best if best.speedup >= DENSE_IS_FASTER else None), False, self.dense_ms
+
+
+def answer(found: Tuned) -> str:
+    """Say in words what a search came to."""
+    if found.best is None:
+        fastest = max((one.speedup for one in found.candidates), default=0.0)
+        return (
+            f"Dense is faster here: the best found is {fastest:.2f}x ({found.conditions['clock']}); nothing "
+            "was chosen."
+        )
+    best = found.best
+    times = f"{found.dense_ms:.2f} to {best.ms:.2f} ms, {found.conditions['clock']}"
+    speed = f"{best.speedup:.2f}x ± {best.noise:.1%} ({times})"
+    if found.met:
+        return f"{best.plan}: {speed}, {found.conditions['measure']} {best.damage:.4g}."
+    return (
+        f"The target, {found.target:.2f}x, cannot be met here; the best found is {best.plan}: {speed}, "
+        f"{found.conditions['measure']} {best.damage:.4g}."
+    )
