@@ -218,3 +218,19 @@ cli.main(["train"])
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 130
     assert done.stderr == "evovit: interrupted; the same command again goes on where it stopped\n"
+
+
+@pytest.mark.parametrize("words", [["quickstart", "--out", ""], ["train", "digits/dense", "--out="]])
+def test_an_empty_place_is_not_the_folder_one_is_in(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a shell gives it where a variable is not set."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        cli.main(words)
+    assert left.value.code == 2
+    assert (
+        capsys.readouterr().err
+        == "evovit: --out is empty; give a file or folder, '.' for the one you are in.\n"
+    )
+    assert not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import partial, wraps
 from importlib import import_module
+from itertools import pairwise
 from typing import Any
 
 COMMANDS = {
@@ -29,6 +30,7 @@ COMMANDS = {
     "methods": "list the token-reduction methods, or describe one",
     "options": "list every option of recipes and methods",
 }
+PLACES = ("--out", "--images", "--trace", "--calibration")
 GO_ON = ("quickstart", "train", "compare", "tune")  # given again, they go on where they stopped
 
 
@@ -143,6 +145,11 @@ def _parsed(command: Callable[..., None], name: str, rest: Sequence[str]) -> Cal
     import tyro
 
     from evovit.errors import EvoViTError
+
+    assigned = (word.partition("=")[::2] for word in rest if "=" in word)
+    for option, value in (*pairwise(rest), *assigned):
+        if option in PLACES and not value:  # a path would read it as the folder that one is in
+            raise EvoViTError(f"{option} is empty; give a file or folder, '.' for the one you are in.")
 
     @wraps(command)
     def later(*arguments: Any, **options: Any) -> Callable[[], None]:

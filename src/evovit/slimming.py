@@ -236,8 +236,8 @@ class StructuredMasks:
 
 def drawn(count: int, share: float, generator: torch.Generator) -> Tensor:
     """Return a mask (count,) with int(count * share) living, at least one, at random."""
-    mask = torch.zeros(count, dtype=torch.bool)
-    mask[torch.randperm(count, generator=generator)[: max(1, int(count * share))]] = True
+    mask = torch.zeros(count, dtype=torch.bool, device="cpu")
+    mask[torch.randperm(count, generator=generator, device="cpu")[: max(1, int(count * share))]] = True
     return mask
 
 

@@ -16,7 +16,7 @@ from torch import nn
 import evovit
 from evovit.errors import EvoViTError
 from tests.conftest import pictures
-from tests.hf_hosts import FAMILIES, SIZE, inputs_of, make_config, make_hf, worst
+from tests.hf_hosts import FAMILIES, SIZE, TINY, inputs_of, make_config, make_hf, worst
 
 transformers = pytest.importorskip("transformers", "5.18")
 
@@ -357,3 +357,20 @@ def test_a_head_that_reads_a_token_for_each_patch_is_not_given_fewer(
     given = inputs_of(model, pictures(2, SIZE))
     with pytest.raises(EvoViTError, match=r"a token for each patch|keeps the grid"):
         reduced(**given)
+
+
+def test_a_model_of_depth_around_a_backbone_is_one_host() -> None:
+    backbone = transformers.Dinov2Config(**TINY, out_indices=[1, 2, 3, 4], reshape_hidden_states=False)
+    sizes = {"reassemble_hidden_size": 32, "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8}
+    config = transformers.DepthAnythingConfig(
+        backbone_config=backbone, patch_size=8, head_hidden_size=4, head_in_index=-1, **sizes
+    )
+    model = make_hf(transformers.DepthAnythingForDepthEstimation, config)
+    whole = evovit.reduce_tokens(model, "evo_vit", start_block=1, keep_ratio=1.0)
+    with torch.no_grad():
+        expected = model(pictures())
+        assert worst(expected, whole(pixel_values=pictures())) <= EXACT
+        fewer = evovit.reduce_tokens(model, "evo_vit", start_block=1)(pixel_values=pictures())
+        assert fewer.predicted_depth.shape == expected.predicted_depth.shape
+        with pytest.raises(EvoViTError, match="keep the|keeps the"):
+            evovit.reduce_tokens(model, "keep", blocks=(1,))(pixel_values=pictures())

@@ -270,11 +270,21 @@ def test_selecting_products_are_found_behind_what_only_moves_numbers() -> None:
         ({"to": "pt2", "images": torch.zeros(3, SIZE, SIZE)}, "give prepared images"),
         ({"to": "pt2", "images": torch.zeros(0, 3, SIZE, SIZE)}, "holds 0 images"),
         ({"to": "pt2", "calibration": "photos"}, "give prepared images"),
+        ({"to": "pt2", "images": torch.full((1, 3, SIZE, SIZE), torch.nan)}, "not finite, or none"),
+        ({"to": "pt2", "images": torch.zeros(1, 3, SIZE, SIZE, device="meta")}, "not finite, or none"),
+        ({"to": "pt2", "preprocessing": 3}, "preprocessing is 3; give a table"),
+        ({"to": "pt2", "preprocessing": [1]}, r"preprocessing is \[1\]; give a table"),
+        ({"to": "pt2", "preprocessing": {}}, r"preprocessing.input_size is missing; it is \(channels"),
+        ({"to": "pt2", "preprocessing": PREPARE | {"mean": "x"}}, "preprocessing.mean is 'x'"),
+        ({"to": "pt2", "preprocessing": PREPARE | {"std": (0, 0, 0)}}, "preprocessing.std is"),
+        ({"to": "pt2", "preprocessing": PREPARE | {"crop_mode": object()}}, "preprocessing.crop_mode is"),
+        ({"to": "pt2", "preprocessing": PREPARE | {"mean": (0.5,)}}, "1 mean, 3 std; the model takes"),
+        ({"to": "pt2", "preprocessing": PREPARE | {"means": 1}}, "no option 'means'.*Did you mean 'mean'"),
     ],
 )
 def test_wrong_wishes_are_one_sentence(given: dict[str, Any], told: str, tmp_path: Path) -> None:
     with pytest.raises(EvoViTError, match=told):
-        export(reduced("vit", "evo_vit"), tmp_path, preprocessing=PREPARE, **given)
+        export(reduced("vit", "evo_vit"), tmp_path, **{"preprocessing": PREPARE} | given)
     with pytest.raises(EvoViTError, match="model is 'deit'"):
         export("deit", tmp_path, "pt2")  # type: ignore[arg-type]
 

@@ -337,7 +337,7 @@ def test_absent_tokens_get_no_attention_and_send_no_gradient() -> None:
         ({"keep_ratio": [0.5, 0.4]}, "keep_ratio has 2 values for 1 reducing blocks"),
         ({"blocks": (4,)}, "blocks is 4; allowed is 0 to 3"),
         ({"shorten": "always"}, "shorten is 'always'; allowed is alone, never or batch"),
-        ({"selection": "best"}, "selection is 'best'; allowed is class or column_mean"),
+        ({"selection": "best"}, "selection is 'best'; allowed is class, column_mean, key_norm or probe"),
     ],
 )
 def test_wrong_options_are_refused_in_one_sentence(options: dict[str, Any], sentence: str) -> None:

@@ -184,6 +184,11 @@ def test_multiply_accumulates_are_tomes_and_the_metrics() -> None:
     rows = [197, *(1 + tokens.num_patches for tokens in trace[:-1])]
     metric = sum(rows) * 384 * 64  # and the similarities, over 64 channels as ToMe's keys are
     assert gmacs(dtem, shape) - gmacs(tome, shape) == pytest.approx(metric / 1e9, rel=1e-9)
+    with torch.device("meta"):
+        twelve = evovit.reduce_tokens(host, "dtem", r=12, last_block="all")
+        dense = evovit.reduce_tokens(host, "dense", last_block="all")
+    assert gmacs(twelve, shape) == pytest.approx(2.89, abs=0.005)  # published, 37.2 % below dense
+    assert gmacs(twelve, shape) / gmacs(dense, shape) == pytest.approx(1 - 0.372, abs=5e-4)
 
 
 def test_wide_hosts_get_a_wider_metric() -> None:

@@ -43,6 +43,16 @@ def unwrapped(host: Any) -> Any:
     return host.get_base_model() if hasattr(host, "peft_config") else host
 
 
+class Stand:
+    """What stands where the vision model was: hosts of depth call a backbone by another name."""
+
+    def __init__(self, part: Callable[..., Any]) -> None:
+        self.forward_with_filtered_kwargs = self.part = part
+
+    def __call__(self, *images: Any, **given: Any) -> Any:
+        return self.part(*images, **given)
+
+
 @adapter("transformers.modeling_utils.PreTrainedModel", "peft.peft_model.PeftModel")
 class HFWhole(Backbone):
     """View of a model that takes images alone and holds one supported vision model."""
@@ -89,7 +99,8 @@ class HFWhole(Backbone):
 
     def called(self, part: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Return the answer of the host's own forward, with `part` in place of its vision model."""
-        return type(self.model).forward(with_part(self.model, self.path, part), **arguments)
+        twin = with_part(self.model, self.path, Stand(part))
+        return type(self.model).forward(twin, **arguments)
 
     def head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Return logits (B, classes), or image embeddings; of hosts that answer maps what the trunk pools."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Gt, Le
 from torch import Tensor, nn
 
 from evovit.backbones.base import expect_module
@@ -18,11 +20,11 @@ from evovit.engines.onnx import Onnx
 from evovit.engines.openvino import OpenVino
 from evovit.engines.proof import prove
 from evovit.engines.pt2 import Pt2
-from evovit.errors import EvoViTError, check_choice, check_count, in_one_line, shown
+from evovit.errors import EvoViTError, check_choice, check_count, check_kind, in_one_line, shown
 from evovit.macs import gmacs
 from evovit.methods import DENSE, name_of
 from evovit.model import ReducedViT, backbone_of
-from evovit.options import MOST
+from evovit.options import MOST, Count, Options, Positive, build, option
 from evovit.runtime.files import as_path, make_folder, new_folder, read_json, told, write_text
 
 TARGETS: Mapping[str, Engine] = {"onnx": Onnx(), "openvino": OpenVino(), "pt2": Pt2(), "aoti": Aoti()}
@@ -74,7 +76,10 @@ def export(
         if given is not None:
             _expect_prepared(name, given, host.image_shape)
     plan = Plan(precision=precision, batch=count, calibration=calibration)
-    prepared = dict(preprocessing_of(model) if preprocessing is None else preprocessing)
+    if preprocessing is None:
+        prepared = preprocessing_of(model)
+    else:
+        prepared = _checked_preprocessing(preprocessing, host.image_shape)
     make_folder(place)
     _expect_same(place, prepared)
     ready = on_cpu(model)
@@ -118,6 +123,35 @@ def preprocessing_of(model: nn.Module, class_names: Sequence[str] = ()) -> dict[
     return {key: cfg[key] for key in kept} | {"class_names": list(class_names)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing(Options):
+    """How a photograph becomes the model's input; timm's names."""
+
+    title: ClassVar[str] = "preprocessing."
+
+    input_size: tuple[Count, Count, Count] = option(meaning="(channels, height, width)")
+    mean: tuple[float, ...] = option(meaning="of each channel, taken off")
+    std: tuple[Positive, ...] = option(meaning="of each channel, divided by")
+    interpolation: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = option(
+        meaning="of the resize, a name of Pillow's"
+    )
+    crop_pct: Annotated[float, Gt(0), Le(4)] = option(meaning="side of the crop over the resized side")
+    crop_mode: Literal["center", "squash", "border"] = option(meaning="what the resize keeps")
+    class_names: tuple[str, ...] = option((), "of the classes, in their order")
+
+
+def _checked_preprocessing(given: Any, shape: Sequence[int]) -> dict[str, Any]:
+    """Return a user's preprocessing as JSON has it; raises `EvoViTError` where it prepares no photograph."""
+    found = build(Preprocessing, check_kind("preprocessing", given, Mapping, "a table"), "preprocessing")  # type: ignore[type-abstract]
+    if found.input_size != tuple(shape) or not len(found.mean) == len(found.std) == shape[0]:
+        raise EvoViTError(
+            f"preprocessing has input_size {found.input_size}, {len(found.mean)} mean, {len(found.std)} std; "
+            f"the model takes {tuple(shape)}, so give {shape[0]} of each."
+        )
+    plain: dict[str, Any] = json.loads(json.dumps(vars(found)))
+    return plain
+
+
 def _expect_prepared(name: str, images: Any, shape: Sequence[int]) -> None:
     if not isinstance(images, Tensor) or images.ndim != 4 or tuple(images.shape[1:]) != tuple(shape):
         given = f"a tensor {tuple(images.shape)}" if isinstance(images, Tensor) else shown(images)
@@ -126,6 +160,8 @@ def _expect_prepared(name: str, images: Any, shape: Sequence[int]) -> None:
         )
     if not images.is_floating_point() or len(images) == 0:
         raise EvoViTError(f"{name} holds {len(images)} images of {images.dtype}; give floating-point images.")
+    if images.is_meta or not images.isfinite().all():
+        raise EvoViTError(f"{name} holds values that are not finite, or none; give prepared images.")
 
 
 def _expect_same(folder: Path, prepared: Mapping[str, Any]) -> None:

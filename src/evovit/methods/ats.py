@@ -15,18 +15,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evovit.backbones.base import BackboneSpec, Block
+from evovit.backbones.base import BackboneSpec, Block, Probe
 from evovit.methods import register
-from evovit.methods.base import Method, check_blocks, require_class_token
+from evovit.methods.base import Method, check_blocks
+from evovit.methods.selection import check_selection
 from evovit.ops.mask import masked_attention, masked_softmax
 from evovit.ops.sample import sample, value_score
-from evovit.ops.score import attention_column_mean, class_attention, class_logits
+from evovit.ops.score import (
+    attention_column_mean,
+    class_attention,
+    class_logits,
+    key_norm,
+    probe_attention,
+)
 from evovit.ops.select import keep_rows, leading_queries, put, rows_where, take_queries, with_prefix
 from evovit.options import Number, Ratio, option
 from evovit.schedule import KeepSchedule
 from evovit.tokens import QKV, Tokens
 
-Selection = Literal["class", "column_mean"]
+Selection = Literal["class", "column_mean", "key_norm", "probe"]
 Shorten = Literal["alone", "never", "batch"]
 Softmax = Literal["fused", "released"]
 
@@ -62,12 +69,11 @@ class ATS(Method):
         softmax: Softmax = option(
             "fused", "released adds 1e-6 to each row of attention as its code does, and is slower"
         )
-        selection: Selection = option("class", "column_mean is for hosts without class token")
+        selection: Selection = option("class", "the others are for hosts without class token")
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        if config.selection == "class":
-            require_class_token(spec, "selection='class'", "'column_mean'")
+        check_selection(config.selection, spec)
         check_blocks(config.blocks, spec.depth)
         self.schedule = KeepSchedule.at_blocks(spec.depth, config.keep_ratio, config.blocks)
 
@@ -92,7 +98,8 @@ class ATS(Method):
             qkv = qkv._replace(q=qkv.q * there, k=qkv.k * there, v=qkv.v * there)
             mix = partial(masked_attention, mask=part, itself=False)
         if samples:
-            tokens, rows = self.sample(tokens, self.score(tokens, qkv, bias), block.number)
+            score = self.score(tokens, qkv, bias, block.probe)
+            tokens, rows = self.sample(tokens, score, block.number)
             qkv = take_queries(qkv, rows)
         return block.ffn(block.attention(tokens, qkv, bias, mix))
 
@@ -116,15 +123,21 @@ class ATS(Method):
             return there < there.amax()
         return there < (tokens.num_patches if self.config.shorten == "never" else 0)
 
-    def score(self, tokens: Tokens, qkv: QKV, bias: Tensor | None) -> Tensor:
+    def score(self, tokens: Tokens, qkv: QKV, bias: Tensor | None, probe: Probe | None = None) -> Tensor:
         """Return the score of each patch token, (B, N) float32, sum 1; 0 for absent ones."""
         count, part = tokens.num_prefix, tokens.taking_part
-        by_class = self.config.selection == "class"
-        seen = leading_queries(qkv, count) if by_class else qkv
+        selection = self.config.selection
+        seen = leading_queries(qkv, count) if selection == "class" else qkv
         if bias is not None:
             own = torch.zeros_like(bias) if seen.bias is None else seen.bias
             seen = seen._replace(bias=(own + bias).expand(-1, -1, seen.q.shape[2], -1))
-        if not by_class:
+        if selection == "probe" and probe is not None:
+            asked = probe(tokens)
+            hidden = asked.bias if bias is None else bias[..., -asked.k.shape[2] :]
+            weight = probe_attention(asked._replace(bias=hidden), tokens.num_patches)
+        elif selection == "key_norm":
+            weight = key_norm(seen, count)
+        elif selection == "column_mean":
             asking = None if tokens.mask is None else F.pad(part, (count, 0), value=1.0)
             weight = attention_column_mean(seen, count, asking=asking)
         elif self.config.softmax == "released":
