@@ -270,7 +270,7 @@ def test_every_cell_comes_back_in_its_place(method: str, options: dict[str, Any]
     images = patches.permute(0, 3, 1, 4, 2, 5).reshape(2, 3, 32, 32)
     for map_ in maps(reduced, images):
         found = map_.flatten(2).argmax(1)
-        if method in ("tome", "dtem"):  # one of the patches in the token
+        if find_method(method).merges:  # one of the patches in the token
             ties = map_.flatten(2).gather(1, order[:, None])[:, 0]
             assert (ties > 0).all()
         else:

@@ -52,6 +52,17 @@ LAST = {  # options under which a method does in the last block what it does in 
     "keep-shift": {"blocks": (1, 3), "selection": "shift"},
     "keep": {"blocks": (1, 3)},
     "keep-column_mean": {"blocks": (1, 3), "selection": "column_mean"},
+    "mctf": {"r": 3, "blocks": (1, 3)},
+    "mctf-recompute": {"r": 3, "blocks": (1, 3), "ahead": "recompute"},
+    "mctf-off": {"r": 3, "blocks": (1, 3), "ahead": "off"},
+    "pitome": {"r": (3, 3, 3, 3), "bipartite": "second_half"},
+    "ppt": {"r": 4, "blocks": (1, 3), "threshold": 1e-3},
+    "ppt-column_mean": {
+        "r": 4,
+        "blocks": (1, 3),
+        "selection": "column_mean",
+        "proportional_attention": False,
+    },
     "subsample": {"block": 3},
     "tome": {"r": (3, 3, 3, 3), "proportional_attention": False},
 }

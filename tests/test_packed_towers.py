@@ -90,6 +90,7 @@ def test_a_packed_tower_in_its_place(name: str) -> None:
             assert (model(**given).logits - expected).abs().max() <= EXACT * expected.abs().max()
             evovit.restore_tower(model)
         fewer = {"evo_vit": REDUCES, "idle_vit": MASS | {"keep_ratio": 0.5}, "tome": {"r": 2}}
+        fewer |= {"pitome": {"r": 2}, "ppt": MASS | {"blocks": (1,), "r": 2, "threshold": 1.0}}
         fewer["ats"] = {"selection": "column_mean", "blocks": (1,)}
         for method, options in fewer.items():
             evovit.reduce_tower(model, method, **options)

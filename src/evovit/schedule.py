@@ -134,3 +134,35 @@ class KeepSchedule:
             if not reduces and trade_off[later] == 0:
                 return False  # every token is scored afresh there
         return False
+
+
+def removed_per_block(
+    r: int | Sequence[int], inflection: float, depth: int, most: int, total: int | None = None
+) -> tuple[int, ...]:
+    """Return how many tokens each block removes, before a method's cap (ToMe, appendix; released `parse_r`).
+
+    Args:
+        r: of every block, or a list, which may end early: the rest is 0.
+        inflection: -1 lets a number r fall from 2r to 0; 1 rise.
+        most: what r may be at most.
+        total: what all blocks remove together, by a change of the last, or of the first where r falls.
+    """
+    if isinstance(r, Sequence):
+        if len(r) > depth or inflection != 0:
+            raise EvoViTError(
+                f"r lists {len(r)} values for {depth} blocks; give at most one each, no inflection."
+            )
+        for removed in r:
+            check_count("r", removed, 0, most)
+        counts = [*r, *(0,) * (depth - len(r))]
+    else:
+        check_count("r", r, 0, most, "tokens removed by a block")
+        low = int(r * (1 - inflection))
+        step = (2 * r - 2 * low) / max(1, depth - 1)
+        counts = [int(low + step * number) for number in range(depth)]
+    if total is not None:
+        changed = 0 if inflection < 0 else -1
+        rest = sum(counts) - counts[changed]
+        check_count("total", total, rest, rest + most, f"the other blocks remove {rest}")
+        counts[changed] = total - rest
+    return tuple(counts)

@@ -308,6 +308,38 @@ def test_walk_over_every_image_classifier_of_transformers() -> None:
     assert refused >= 25
 
 
+@pytest.mark.parametrize("name", [*HOSTS, "Idefics3VisionTransformer"])
+def test_parts_of_the_projection_are_those_of_the_whole(name: str) -> None:
+    """Queries and keys, and values, asked for alone; tokens in another order, biases and padding too."""
+    from evovit.backbones import adapt
+
+    if name == "Idefics3VisionTransformer":
+        from transformers.models.idefics3 import modeling_idefics3 as idefics3
+
+        config = make_config(idefics3.Idefics3VisionConfig)
+        backbone: Any = adapt(make_hf(idefics3.Idefics3VisionTransformer, config))
+    else:
+        backbone = adapt(make(name))
+    images = pictures(2, SIZE)
+    if name == "Idefics3VisionTransformer":
+        mask = torch.ones(2, *backbone.spec.grid, dtype=torch.bool)
+        mask[1, 1:] = False
+        backbone.hide(mask)
+    with torch.no_grad():
+        tokens = backbone.embed(images)
+        order = torch.stack([torch.randperm(tokens.num_patches) for _ in range(2)])
+        patches = tokens.patches.take_along_dim(order[:, :, None], 1)
+        tokens = tokens.change(x=torch.cat((tokens.prefix, patches), dim=1), index=order)
+        block = backbone.stages()[0].blocks[1]
+        whole, parts, values = block.qkv(tokens), block.queries_keys(tokens), block.values(tokens)
+    for part in ("q", "k", "bias"):
+        ours, theirs = getattr(parts, part), getattr(whole, part)
+        assert ours is theirs is None or torch.equal(ours, theirs)
+    assert torch.equal(values.v, whole.v)
+    if name in ("BeitForImageClassification", "Idefics3VisionTransformer"):
+        assert whole.bias is not None
+
+
 @pytest.mark.parametrize(
     ("method", "options"),
     [("keep", {"keep_ratio": 0.5}), ("keep", {"keep_ratio": 0.25}), ("subsample", {}), ("evit", {})],

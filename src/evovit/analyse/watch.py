@@ -13,7 +13,7 @@ from evovit.intermediates import present_rows
 from evovit.methods.base import Method
 from evovit.model import ReducedViT, backbone_of
 from evovit.ops.restore import fill
-from evovit.ops.score import attention_column_mean, class_attention
+from evovit.ops.score import attention_column_mean, class_attention, with_bias
 from evovit.tokens import QKV, Tokens
 from evovit.visualize import kept_cells
 
@@ -51,6 +51,12 @@ class WatchedBlock(Block):
     def qkv_of_rows(self, active: Tokens, scored: QKV, rows: Tensor) -> QKV:
         return self.block.qkv_of_rows(active, scored, rows)
 
+    def queries_keys(self, tokens: Tokens) -> QKV:
+        return self.block.queries_keys(tokens)
+
+    def values(self, tokens: Tokens) -> QKV:
+        return self.block.values(tokens)
+
     def leading_qkv(self, tokens: Tokens, count: int) -> QKV:
         return self.block.leading_qkv(tokens, count)
 
@@ -76,15 +82,6 @@ class WatchedBlock(Block):
 
     def ffn(self, tokens: Tokens) -> Tokens:
         return self.block.ffn(tokens)
-
-
-def with_bias(qkv: QKV, bias: Tensor | None) -> QKV:
-    """Return what attention saw with the method's bias, such as ToMe's, added to the host's."""
-    if bias is None:
-        return qkv
-    if not bias.is_floating_point():  # True where a key may be seen
-        bias = torch.zeros_like(bias, dtype=qkv.q.dtype).masked_fill(~bias, -torch.inf)
-    return qkv._replace(bias=bias if qkv.bias is None else qkv.bias + bias)
 
 
 @torch.no_grad()

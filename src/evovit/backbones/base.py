@@ -68,6 +68,14 @@ class Block(ABC):
         """
         return take_qkv(scored, rows)
 
+    def queries_keys(self, tokens: Tokens) -> QKV:
+        """Return queries and keys of all, which is enough for the attention map; default: `qkv`."""
+        return self.qkv(tokens)
+
+    def values(self, tokens: Tokens) -> QKV:
+        """Return values (and `extra`) of all, for `attention` with a `mix` of its own; default: `qkv`."""
+        return self.qkv(tokens)
+
     def leading_qkv(self, tokens: Tokens, count: int) -> QKV:
         """Return queries (and `extra`) of the first `count` rows, keys and values of all.
 

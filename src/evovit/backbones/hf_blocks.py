@@ -87,6 +87,15 @@ class HFBlock(Block):
         k = self.placed(self.projected(x, "k"), tokens)
         return QKV(q, k, k[:, :, :0], self.scale)
 
+    def queries_keys(self, tokens: Tokens) -> QKV:
+        x = self.normed(tokens.x, 0)
+        q, k = (self.placed(self.projected(x, part), tokens) for part in "qk")
+        return QKV(q, k, k[:, :, :0], self.scale)
+
+    def values(self, tokens: Tokens) -> QKV:
+        v = self.projected(self.normed(tokens.x, 0), "v")
+        return QKV(v[:, :, :0], v[:, :, :0], v, self.scale)
+
     def leading_qkv(self, tokens: Tokens, count: int) -> QKV:
         x = self.normed(tokens.x, 0)
         q = self.projected(x[:, :count], "q")

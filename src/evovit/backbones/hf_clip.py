@@ -102,6 +102,9 @@ class PaddedBlock(ClipBlock):
     def scoring_qkv(self, tokens: Tokens) -> QKV:
         return self.qkv(tokens)
 
+    def queries_keys(self, tokens: Tokens) -> QKV:
+        return self.with_bias(super().queries_keys(tokens), tokens)
+
     def leading_qkv(self, tokens: Tokens, count: int) -> QKV:
         return leading_queries(self.qkv(tokens), count)
 

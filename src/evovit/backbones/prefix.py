@@ -39,6 +39,12 @@ class PrefixBlock(Block):
     def qkv_of_rows(self, active: Tokens, scored: QKV, rows: Tensor) -> QKV:
         return self.block.qkv_of_rows(active, scored, rows)
 
+    def queries_keys(self, tokens: Tokens) -> QKV:
+        return self.block.queries_keys(tokens)
+
+    def values(self, tokens: Tokens) -> QKV:
+        return self.block.values(tokens)
+
     def leading_qkv(self, tokens: Tokens, count: int) -> QKV:
         return self.block.leading_qkv(tokens, tokens.num_prefix)
 

@@ -115,6 +115,21 @@ class PreNormBlock(Block):
         k = take_heads(scored.k, rows)
         return QKV(attn.q_norm(q), k, v, attn.scale, extra=output_gate(attn, x))
 
+    def queries_keys(self, tokens: Tokens) -> QKV:
+        attn, x = self.block.attn, self.before(tokens.x)
+        if not has_rows(attn.qkv):
+            return fused_qkv(attn, x)
+        q, k = part_of_qkv(attn, x, 0, count=2)
+        k = attn.k_norm(k)
+        return QKV(attn.q_norm(q), k, k[:, :, :0], attn.scale)
+
+    def values(self, tokens: Tokens) -> QKV:
+        attn, x = self.block.attn, self.before(tokens.x)
+        if not has_rows(attn.qkv):
+            return fused_qkv(attn, x)
+        (v,) = part_of_qkv(attn, x, 2)
+        return QKV(v[:, :, :0], v[:, :, :0], v, attn.scale, extra=output_gate(attn, x))
+
     def leading_qkv(self, tokens: Tokens, count: int) -> QKV:
         attn = self.block.attn
         if not has_rows(attn.qkv):

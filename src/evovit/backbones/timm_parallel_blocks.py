@@ -20,6 +20,7 @@ class ParallelThingsBlock(PreNormBlock):
 
     parts = ("attns", "ffns")
     scoring_qkv, qkv_of_rows, leading_qkv = Block.scoring_qkv, Block.qkv_of_rows, Block.leading_qkv
+    queries_keys, values = Block.queries_keys, Block.values
 
     @property
     def num_heads(self) -> int:
@@ -72,6 +73,7 @@ class ParallelScalingBlock(PreNormBlock):
         *("out_proj", "attn_out_proj", "mlp_out_proj", "ls", "drop_path"),
     )
     scoring_qkv, qkv_of_rows, leading_qkv = Block.scoring_qkv, Block.qkv_of_rows, Block.leading_qkv
+    queries_keys, values = Block.queries_keys, Block.values
 
     @property
     def num_heads(self) -> int:

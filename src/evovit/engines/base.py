@@ -24,7 +24,7 @@ from evovit.model import ReducedViT
 from evovit.tokens import logits_of
 
 PRECISIONS = ("fp32", "fp16", "int8")
-SELECTION, SUM = "TopK", "ReduceSum"  # as ONNX and OpenVINO name them
+SELECTIONS, SUM = ("TopK", "Greater"), "ReduceSum"  # as ONNX and OpenVINO name them; ranks are counted
 
 Run = Callable[[Tensor], list[Tensor]]  # images (B, channels, height, width) float32 to outputs, logits first
 
@@ -163,7 +163,7 @@ def upstream_products(
         products: the kinds of matrix products.
     """
     found, seen = set[str](), set[str]()
-    ahead = [name for name, kind in kinds.items() if kind == SELECTION]
+    ahead = [name for name, kind in kinds.items() if kind in SELECTIONS]
     while ahead:
         name = ahead.pop()
         if name in seen or name not in kinds:

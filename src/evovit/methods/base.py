@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -19,7 +19,7 @@ from evovit.ops.restore import rows_by_place
 from evovit.ops.squeeze import Squeezed
 from evovit.options import Count, Options, option
 from evovit.schedule import KeepSchedule
-from evovit.tokens import Tokens
+from evovit.tokens import Outputs, Tokens
 
 
 class Ranking(NamedTuple):
@@ -45,6 +45,7 @@ class Method(nn.Module, ABC):
     needs_teacher: bool = False  # some parameters learn through such `losses` alone
     merges: bool = False  # a patch token that goes lives on in another; `row_of_cell` tells which
     keeps_places: bool = True  # some patch tokens left keep a place of their own on the grid
+    trains_twice: bool = False  # `second_start` gives a second pass for each training step
     samples_in_training: ClassVar[bool] = False  # each training forward draws anew; evaluation never does
     relaxes_in_training: ClassVar[bool] = False  # training computes a smooth form of what evaluation does
     keep_all: ClassVar[dict[str, Any]] = {}  # options under which nothing is reduced: the host, exactly
@@ -169,6 +170,28 @@ class Method(nn.Module, ABC):
             teacher: `evovit.tokens.Taught` of the same images, None without a teacher.
         """
         return {}
+
+    def second_start(self) -> Callable[[Tokens], Tokens] | None:
+        """Return how the embedded tokens of a second training pass begin; None, the default: there is none.
+
+        Asked in each training step; what is drawn here belongs to this pass alone.
+        """
+        return None
+
+    def pair_losses(
+        self,
+        first: tuple[dict[str, Tensor], Outputs],
+        second: tuple[dict[str, Tensor], Outputs],
+        targets: Tensor,
+    ) -> dict[str, Tensor]:
+        """Return the terms of the training loss of two passes by name, weighted; default: both as they are.
+
+        Args:
+            first: terms from labels and teacher, and outputs, of the pass as configured.
+            second: the same of the other.
+            targets: (B,) classes or (B, classes) shares.
+        """
+        return first[0] | {f"{name}_second": term for name, term in second[0].items()}
 
     def set_progress(self, fraction: float) -> None:
         """Follow the training, `fraction` of the epochs done, 0 to 1; default: nothing changes."""

@@ -69,3 +69,28 @@ def kept_distance(student: Tensor, teacher: Tensor, kept: Tensor, kind: str) -> 
         log_q = teacher.log_softmax(-1)
         each = (log_q.exp() * (log_q - student.log_softmax(-1))).sum(-1)
     return (each * kept).sum() / kept.sum().clamp_min(1)
+
+
+def confidence(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the probability of each image's label, (B,) float32 without gradient; of both where two mix.
+
+    Args:
+        logits: (B, classes).
+        targets: (B,) classes, or (B, classes) shares: labels are the classes above the least share.
+    """
+    each = logits.detach().float().softmax(-1)
+    if targets.ndim == 1:
+        return each.gather(1, targets[:, None])[:, 0]
+    return (each * (targets > targets.amin(1, keepdim=True))).sum(1)
+
+
+def confident_distance(student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
+    """Return the mean over the counted images of the mean squared difference; 0 where none counts (MCTF).
+
+    Args:
+        student: (B, C) features.
+        teacher: (B, C), without gradient.
+        counted: (B,) bool.
+    """
+    each = (student.float() - teacher.detach().float()).square().mean(-1)
+    return (each * counted).sum() / counted.sum().clamp_min(1)

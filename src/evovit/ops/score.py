@@ -9,6 +9,15 @@ from evovit.ops.mask import masked_mean
 from evovit.tokens import QKV
 
 
+def with_bias(qkv: QKV, bias: Tensor | None) -> QKV:
+    """Return what attention sees with a bias of the method's, (B, 1 or H, 1 or T, T), beside the host's."""
+    if bias is None:
+        return qkv
+    if not bias.is_floating_point():  # True where a key may be seen
+        bias = torch.zeros_like(bias, dtype=qkv.q.dtype).masked_fill(~bias, -torch.inf)
+    return qkv._replace(bias=bias if qkv.bias is None else qkv.bias + bias)
+
+
 def class_logits(qkv: QKV) -> Tensor:
     """Return the class token's attention logits to all tokens, (B, H, P + N), at least float32.
 
@@ -146,3 +155,12 @@ def random_score(index: Tensor, salt: int | None) -> Tensor:
     mixed = ((mixed ^ (mixed >> 15)) * 2246822519) & 0xFFFFFFFF
     mixed = ((mixed ^ (mixed >> 13)) * 3266489917) & 0xFFFFFF
     return mixed.float() / 0x1000000
+
+
+def attention_map(qkv: QKV) -> Tensor:
+    """Return the attention weights, (B, H, T, T), at least float32, for methods that need the matrix."""
+    kind = "cpu" if qkv.q.is_meta else qkv.q.device.type  # autocast knows no meta device
+    q, k = (x if x.dtype == torch.float64 else x.float() for x in (qkv.q, qkv.k))
+    with torch.autocast(kind, enabled=False):
+        logits = (q * qkv.scale) @ k.transpose(-2, -1)
+    return (logits if qkv.bias is None else logits + qkv.bias).softmax(-1)

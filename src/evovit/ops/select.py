@@ -44,10 +44,29 @@ def best_by_threshold(score: Tensor, keep: int) -> Tensor:
 
 def best_by_count(score: Tensor, keep: int) -> Tensor:
     """Return the same by counting who is ahead of whom, N^2 comparisons: on GPUs one small kernel."""
+    return count_ahead(score) < keep
+
+
+def count_ahead(score: Tensor) -> Tensor:
+    """Return how many are ahead of each, (B, N) int64: with a better score, or an equal one before it."""
     place = torch.arange(score.shape[1], device=score.device)
     other, own = score[:, None, :], score[:, :, None]
     ahead = (other > own) | ((other == own) & (place < place[:, None]))
-    return ahead.sum(-1) < keep
+    return ahead.sum(-1)
+
+
+def descending(score: Tensor) -> Tensor:
+    """Return all rows from the best score to the least, (B, N) int64; equal scores: the lower row first.
+
+    Where engines will run the graph the ranks are counted, N^2 comparisons: their sorts are not stable.
+    """
+    score = score.detach()
+    if not torch.compiler.is_exporting():
+        return score.argsort(dim=-1, descending=True, stable=True)
+    batch, num = score.shape
+    place = torch.arange(num, dtype=torch.int32, device=score.device).expand(batch, num)
+    rows = torch.zeros(batch, num, dtype=torch.int32, device=score.device)  # as in `rows_where`
+    return rows.scatter(1, count_ahead(score), place).long()
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:

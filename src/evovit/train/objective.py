@@ -7,6 +7,7 @@ where heads are made for the teacher ("distilled"), all others learn the labels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -89,13 +90,25 @@ class Objective(nn.Module):
         if isinstance(logits, tuple):  # of timm's distilled models
             logits, others = logits[0], {"distilled": logits[1]}
         taught = self.teach(images) if self.teacher is not None else None
-        terms = self.supervised(logits, others, targets, taught) | labelled
+        terms = self.supervised(logits, others, targets, taught)
+        again = self.second_start()
+        if again is not None and outputs is not None and isinstance(self.model, ReducedViT):
+            other = self.model.run(images, prepare=again)
+            also = self.supervised(other.logits, other.extra_logits, targets, taught)
+            terms = self.model.method.pair_losses((terms, outputs), (also, other), targets)
+        terms |= labelled
         if outputs is not None and isinstance(self.model, ReducedViT):
             terms |= self.model.method.losses(outputs, taught)
             if self.goal.token_distillation > 0 and taught is not None:
                 distance = token_distance(self.model, outputs, taught.features)
                 terms["tokens"] = self.goal.token_distillation * distance
         return Looked(terms, {"class": logits, **others}, taught)
+
+    def second_start(self) -> Callable[[Tokens], Tokens] | None:
+        """Return how a second pass of the same images begins, if the method trains by two."""
+        if self.training and isinstance(self.model, ReducedViT):
+            return self.model.method.second_start()
+        return None
 
     def supervised(
         self, logits: Tensor, others: dict[str, Tensor], targets: Tensor, taught: Taught | None

@@ -33,6 +33,11 @@ def with_token_labels(model: nn.Module, goal: ObjectiveTable, teacher: nn.Module
     """Return the model as it can be trained with token labels or MixToken, or raise `EvoViTError`."""
     if not isinstance(model, ReducedViT):
         model = ReducedViT(model, Dense(Dense.Config(), adapt(model).spec))
+    if model.method.trains_twice:
+        raise EvoViTError(
+            f"{type(model.method).__name__} as configured trains by two passes, and token labels and "
+            "mix_token are made for one; leave them out, or set r_teacher=0."
+        )
     backbone = adapt(model.model)
     if goal.mix_token and teacher is not None:
         raise EvoViTError("mix_token mixes embedded patches, which the teacher does not see; leave one out.")
