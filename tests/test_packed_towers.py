@@ -214,3 +214,17 @@ def test_a_merge_block_has_the_mean_length_of_its_patches_keys(name: str) -> Non
             assert model(**question()).logits.isfinite().all()
     with pytest.raises(EvoViTError, match="selection='probe' needs a head"):
         evovit.reduce_tower(make(name), "evo_vit", start_block=1, selection="probe")
+
+
+def test_fusing_by_the_map_is_refused_and_by_a_new_one_is_not() -> None:
+    """A packed tower mixes the patches of each merge block, for which no map of the method's can stand."""
+    model, given = make(next(iter(OWN))), question()
+    with torch.no_grad():
+        whole = model.model.visual(given["pixel_values"], grid_thw=SIZES).pooler_output
+        for ahead in ("recompute", "off"):
+            evovit.reduce_tower(model, "mctf", r=0.3, blocks=(1,), ahead=ahead)
+            found = model.model.visual(given["pixel_values"], grid_thw=SIZES).pooler_output
+            assert found.shape == whole.shape and (found - whole).abs().max() > 1e-4
+            evovit.restore_tower(model)
+        with pytest.raises(EvoViTError, match="computes attention itself, which packed towers have no place"):
+            evovit.reduce_tower(model, "mctf", r=0.3, blocks=(1,))

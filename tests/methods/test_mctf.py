@@ -518,3 +518,23 @@ def test_a_ramp_is_saved_as_it_is(tmp_path: Path) -> None:
 def test_wrong_options_are_one_sentence(options: dict[str, Any], words: str) -> None:
     with pytest.raises(evovit.EvoViTError, match=words):
         evovit.reduce_tokens(make_host("vit"), "mctf", **({"blocks": (1,)} | options))
+
+
+@pytest.mark.slow
+def test_a_compiled_objective_draws_and_computes_the_same() -> None:
+    torch.compiler.reset()
+    model = evovit.reduce_tokens(make_host("vit"), "mctf", r=5, blocks=(1, 2), r_teacher=4).train()
+    objective, labels = Objective(model, ObjectiveTable()), torch.tensor([0, 1])
+
+    def terms(seed: int) -> dict[str, Tensor]:
+        torch.manual_seed(seed)
+        return objective(pictures(), labels)  # type: ignore[no-any-return]
+
+    expected = [terms(seed) for seed in range(4)]
+    objective.compile(backend="eager")
+    for seed, theirs in enumerate(expected):
+        ours = terms(seed)
+        assert set(ours) == set(theirs)
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value)
+    assert len({float(theirs["class_teacher"]) for theirs in expected}) > 1

@@ -109,13 +109,13 @@ class PackedBlock(Block):
     def attention(
         self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None, mix: Mix | None = None
     ) -> Tokens:
+        if mix is not None:
+            raise EvoViTError("The method computes attention itself, which packed towers have no place for.")
         attn, count = self.block.attn, qkv.q.shape[2]
         every: Any = qkv.extra
         q, k, v = every.reshape(every.shape[0], count, 3, attn.num_heads, self.unit, -1).permute(
             2, 0, 3, 1, 4, 5
         )
-        if mix is not None:
-            raise EvoViTError("The method computes attention itself, which packed towers have no place for.")
         if qkv.bias is not None:
             bias = qkv.bias if bias is None else qkv.bias + bias.to(qkv.bias.dtype)
         if bias is not None:  # of merge blocks: the same for all patches of one
