@@ -79,6 +79,7 @@ class Objective(nn.Module):
 
     def look(self, images: Tensor, targets: Tensor) -> Looked:
         """Return loss terms, the logits of every head and what the teacher said."""
+        again = self.second_start()  # first: what draws numbers is not compiled, and ends a graph
         outputs: Outputs | None = None
         labelled: dict[str, Tensor] = {}
         if isinstance(self.model, ReducedViT) and self.labels_tokens:
@@ -91,7 +92,6 @@ class Objective(nn.Module):
             logits, others = logits[0], {"distilled": logits[1]}
         taught = self.teach(images) if self.teacher is not None else None
         terms = self.supervised(logits, others, targets, taught)
-        again = self.second_start()
         if again is not None and outputs is not None and isinstance(self.model, ReducedViT):
             other = self.model.run(images, prepare=again)
             also = self.supervised(other.logits, other.extra_logits, targets, taught)
