@@ -74,6 +74,19 @@ HOSTS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+EVERYDAY = (
+    "dense",
+    "evo_vit",
+    "evit",
+    "tome",
+)  # traced in the default lane; every other method is in the slow one
+
+
+def traced(cases: list[Any]) -> list[Any]:
+    """Return cases (method, ...) of a test that traces, which takes seconds; all but a few are slow."""
+    return [case if case[0] in EVERYDAY else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
 def make_host(name: str) -> nn.Module:
     """Return a tiny disturbed host, in evaluation mode."""
     torch.manual_seed(0)

@@ -20,7 +20,7 @@ from evovit.checkpoints.reduced import load_reduced, save_reduced
 from evovit.methods import DENSE, find_method
 from evovit.recipe.tables import ObjectiveTable
 from evovit.train.objective import Objective
-from tests.conftest import HOSTS, make_host, pictures
+from tests.conftest import HOSTS, make_host, pictures, traced
 
 METHODS = evovit.list_methods()
 
@@ -134,7 +134,7 @@ def check_one_graph(method: str, options: dict[str, Any], host: str, modes: tupl
             actual.square().mean().backward()
 
 
-@pytest.mark.parametrize(("method", "options"), ON_VIT, ids=IDS)
+@pytest.mark.parametrize(("method", "options"), traced(ON_VIT), ids=IDS)
 @pytest.mark.parametrize("host", TRACED)
 def test_compiles_in_one_graph(method: str, options: dict[str, Any], host: str) -> None:
     check_one_graph(method, options, host, (False, True))
@@ -147,7 +147,7 @@ def test_trains_in_one_graph_on_every_host(method: str, options: dict[str, Any],
     check_one_graph(method, options, host, (True,))
 
 
-@pytest.mark.parametrize(("method", "options"), ON_VIT, ids=IDS)
+@pytest.mark.parametrize(("method", "options"), traced(ON_VIT), ids=IDS)
 @pytest.mark.parametrize("host", TRACED)
 def test_exports_with_a_dynamic_batch(method: str, options: dict[str, Any], host: str) -> None:
     reduced = wrap(make_host(host), method, options)

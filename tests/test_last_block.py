@@ -28,7 +28,7 @@ from evovit.recipe.tables import ObjectiveTable
 from evovit.tokens import QKV, Tokens
 from evovit.train.objective import Objective
 from tests.backbones.test_timm_hosts import OPTIONS, built, image_pair
-from tests.conftest import HOSTS, TINY, disturb, make_host, pictures
+from tests.conftest import HOSTS, TINY, disturb, make_host, pictures, traced
 from tests.parity import assert_close
 from tests.test_contract import METHODS, ON_VIT, variants, wrap
 
@@ -214,7 +214,7 @@ def test_a_method_in_training_sees_all_rows_whatever_the_host_does() -> None:
     assert torch.equal(reduced(pictures()), whole(pictures()))
 
 
-@pytest.mark.parametrize(("method", "options"), ON_VIT)
+@pytest.mark.parametrize(("method", "options"), traced(ON_VIT))
 def test_it_compiles_in_one_graph_and_exports_with_a_dynamic_batch(
     method: str, options: dict[str, Any]
 ) -> None:

@@ -53,9 +53,10 @@ def test_labels_give_the_hosts_loss_and_its_gradient() -> None:
     assert (found.loss - expected.loss).abs() <= 1e-6
     expected.loss.backward()
     found.loss.backward()
+    largest = max(p.grad.abs().max() for p in model.parameters() if p.grad is not None)
     for own, host in zip(reduced.model.parameters(), model.parameters(), strict=True):
-        if host.grad is not None:
-            assert (own.grad - host.grad).abs().max() <= 1e-5 * host.grad.abs().max() + 1e-9
+        if host.grad is not None:  # a bias of keys has none, which rounding shows as 1e-8 of the largest
+            assert (own.grad - host.grad).abs().max() <= 1e-5 * host.grad.abs().max() + 1e-8 * largest
 
 
 @pytest.mark.parametrize("name", ["ViTModel", "ViTForImageClassification", "CLIPVisionModel"])

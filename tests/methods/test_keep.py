@@ -114,7 +114,7 @@ def test_representation_shift_at_the_published_points_costs_what_is_published() 
     ("method", "options"),
     [("keep", {"blocks": (1,)}), ("evit", {"blocks": (1,)}), ("evo_vit", {"start_block": 1})],
 )
-@pytest.mark.parametrize("host", ["siglip", "vit"])
+@pytest.mark.parametrize("host", ["siglip", pytest.param("vit", marks=pytest.mark.slow)])
 def test_representation_shift_trains_compiles_and_exports(
     host: str, method: str, options: dict[str, Any]
 ) -> None:

@@ -56,6 +56,7 @@ def test_nothing_reduced_is_the_host_and_reducing_ignores_the_batch(method: str,
     assert not torch.allclose(outputs.logits, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", SCORED)
 @pytest.mark.parametrize("selection", ["key_norm", "probe"])
 def test_compiles_exports_copies_and_trains(method: str, selection: str) -> None:

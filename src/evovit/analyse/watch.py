@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from evovit.backbones.base import Block, Mix
 from evovit.intermediates import present_rows
@@ -78,6 +79,10 @@ class WatchedBlock(Block):
         rows = tokens.x.shape[1]
         if qkv.q.shape[2] != rows or qkv.k.shape[2] != rows:  # some do not ask, or the method mixes by itself
             qkv = self.block.qkv(tokens)
+            bias = None if bias is not None and bias.shape[-1] != rows else bias
+        if bias is None and tokens.mask is not None:
+            part = F.pad(tokens.taking_part, (tokens.num_prefix, 0), value=1.0)
+            bias = part.log()[:, None, None]  # nobody attends to those that take no part
         self.seen = tokens, with_bias(qkv, bias)
 
     def ffn(self, tokens: Tokens) -> Tokens:
@@ -94,11 +99,12 @@ def watch(model: ReducedViT, images: Tensor) -> Iterator[Seen]:
     """
     backbone, method = backbone_of(model), model.method
     backbone.expect_images(images)
-    tokens, stages = backbone.embed(images), backbone.stages()
-    tokens = method.begin(tokens, stages)
+    embedded, stages = backbone.embed(images), backbone.stages()
+    tokens = method.begin(embedded, stages)
     for stage in stages:
         tokens = method.enter_stage(stage, tokens)
-        grid, held = tokens.grid, tokens.patches
+        grid = tokens.grid
+        held = (tokens if tokens.num_patches == tokens.num_cells else embedded).patches
         for block in stage.blocks:
             view, ranking = WatchedBlock(block), method.ranking(block, tokens)
             tokens = method.run_block(view, tokens)
