@@ -87,6 +87,17 @@ def traced(cases: list[Any]) -> list[Any]:
     return [case if case[0] in EVERYDAY else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
+def pairs(methods: list[str]) -> list[Any]:
+    """Return each method with each host; in the default lane a few methods on all hosts, all on a few."""
+    return [
+        (method, host)
+        if method in EVERYDAY or host in ("vit_avg", "siglip")
+        else pytest.param(method, host, marks=pytest.mark.slow)
+        for method in methods
+        for host in HOSTS
+    ]
+
+
 def make_host(name: str) -> nn.Module:
     """Return a tiny disturbed host, in evaluation mode."""
     torch.manual_seed(0)

@@ -20,7 +20,7 @@ from evovit.checkpoints.reduced import load_reduced, save_reduced
 from evovit.methods import DENSE, find_method
 from evovit.recipe.tables import ObjectiveTable
 from evovit.train.objective import Objective
-from tests.conftest import HOSTS, make_host, pictures, traced
+from tests.conftest import HOSTS, make_host, pairs, pictures, traced
 
 METHODS = evovit.list_methods()
 
@@ -48,7 +48,7 @@ def seeded(model: nn.Module, images: Tensor, seed: int = 0) -> Tensor:
 
 
 TRACED = ["vit_avg", pytest.param("eva02", marks=pytest.mark.slow)]  # tracing takes most of the time
-PAIRS = [(method, host) for method in METHODS for host in HOSTS]
+PAIRS = pairs(METHODS)
 ON_VIT = [(m, o) for m in METHODS for o in variants(m)]
 IDS = [f"{m}-{o.get('mode') or o.get('rest', 'default')}" for m, o in ON_VIT]
 

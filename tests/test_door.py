@@ -55,7 +55,7 @@ def test_timm_knows_the_named_models_whichever_comes_first(order: str) -> None:
     in_a_fresh_process(f"{order}; assert timm.is_model('evo_deit_small_patch16_224')")
 
 
-@pytest.mark.parametrize("module", ["model", "methods", "report.tables", "tuning.tune", "towers"])
+@pytest.mark.parametrize("module", ["model", "report.tables"])
 def test_any_place_may_be_imported_first(module: str) -> None:
     in_a_fresh_process(f"import evovit.{module}")
 

@@ -28,7 +28,7 @@ from evovit.recipe.tables import ObjectiveTable
 from evovit.tokens import QKV, Tokens
 from evovit.train.objective import Objective
 from tests.backbones.test_timm_hosts import OPTIONS, built, image_pair
-from tests.conftest import HOSTS, TINY, disturb, make_host, pictures, traced
+from tests.conftest import HOSTS, TINY, disturb, make_host, pairs, pictures, traced
 from tests.parity import assert_close
 from tests.test_contract import METHODS, ON_VIT, variants, wrap
 
@@ -89,8 +89,7 @@ def both(
     return reduced, whole
 
 
-@pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "host"), pairs(METHODS))
 def test_logits_are_those_of_all_rows_for_less_work(method: str, host: str) -> None:
     for options in variants(method):
         reduced, whole = both(make_host(host), method, options)

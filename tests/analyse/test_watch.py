@@ -12,14 +12,13 @@ import evovit
 from evovit.analyse import watch
 from evovit.methods import find_method
 from evovit.visualize import kept_patches
-from tests.conftest import HOSTS, make_host, pictures
+from tests.conftest import make_host, pairs, pictures
 from tests.test_contract import IDS, METHODS, ON_VIT, wrap
 
 RANKS = ("dynamic_vit", "evit", "evo_vit", "idle_vit", "keep")
 
 
-@pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "host"), pairs(METHODS))
 def test_a_watched_forward_ends_as_the_models_own(method: str, host: str) -> None:
     reduced, images = wrap(make_host(host), method, find_method(method).example), pictures()
     with torch.no_grad():

@@ -126,7 +126,7 @@ def test_every_parameter_gets_a_gradient(options: dict[str, Any]) -> None:
     assert bool(moved) == options["learn_trade_off"]
 
 
-@pytest.mark.parametrize("mode", ["stage", "layer"])
+@pytest.mark.parametrize("mode", ["stage", pytest.param("layer", marks=pytest.mark.slow)])
 def test_one_graph_and_an_export_with_any_batch(mode: str) -> None:
     host = small(embed_dim=(16, 24), num_heads=(2, 3), depth=(2, 1))
     model = reduced(host, mode=mode)

@@ -281,7 +281,7 @@ def test_the_contract_holds_on_stages(name: str) -> None:
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 
-@pytest.mark.parametrize("name", ["idle_vit", "evo_levit"])
+@pytest.mark.parametrize("name", [pytest.param("idle_vit", marks=pytest.mark.slow), "evo_levit"])
 def test_compiles_in_one_graph_and_exports(name: str) -> None:
     host, images = small(depth=(2, 1), embed_dim=(16, 24), num_heads=(2, 3)), pictures(3, size=64)
     model = evovit.reduce_tokens(host, name, **METHODS[name])

@@ -79,7 +79,7 @@ def test_an_export_is_proven_and_leaves_what_runs_it(to: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("to", EVERY)
-@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+@pytest.mark.parametrize("crop_mode", ["center", pytest.param("squash", marks=pytest.mark.slow)])
 def test_the_program_answers_as_pytorch_does_without_evovit(to: str, crop_mode: str, tmp_path: Path) -> None:
     ready(to)
     model, prepare = reduced("vit", "evit"), PREPARE | {"crop_mode": crop_mode}
@@ -365,6 +365,7 @@ def test_a_saved_folder_is_exported(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert json.loads((tmp_path / "out/export.json").read_text())["pt2"]["method"] == "evit"
 
 
+@pytest.mark.slow
 def test_a_host_of_transformers_is_exported(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}

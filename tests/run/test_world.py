@@ -52,7 +52,9 @@ def start_with_one_dying(recipe: Recipe, folder: Path, victim: int, moment: str)
     return children
 
 
-@pytest.mark.parametrize("moment", ["step", "evaluate", "save"])
+@pytest.mark.parametrize(
+    "moment", ["step", *(pytest.param(name, marks=pytest.mark.slow) for name in ("evaluate", "save"))]
+)
 @pytest.mark.parametrize("victim", [0, 1], ids=["main", "other"])
 def test_the_one_left_ends_with_one_sentence_and_the_same_command_goes_on(
     tmp_path: Path, victim: int, moment: str, capfd: pytest.CaptureFixture[str]
