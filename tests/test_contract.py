@@ -144,10 +144,6 @@ def test_compiles_in_one_graph(method: str, options: dict[str, Any], host: str) 
 @pytest.mark.parametrize(("method", "options"), ON_VIT, ids=IDS)
 @pytest.mark.parametrize("host", sorted(set(HOSTS) - {"vit_avg", "eva02"}))
 def test_trains_in_one_graph_on_every_host(method: str, options: dict[str, Any], host: str) -> None:
-    if (method, host) == ("mctf", "relpos"):
-        pytest.xfail(
-            "a known fault, docs/log.md: traced by AOTAutograd its logits are off by 1e-2 of the largest"
-        )
     check_one_graph(method, options, host, (True,))
 
 

@@ -52,6 +52,14 @@ def part_of_qkv(attn: Any, x: Tensor, part: int, count: int = 1) -> tuple[Tensor
     return y.permute(2, 0, 3, 1, 4).unbind(0)
 
 
+def values_alone(attn: Any, x: Tensor) -> QKV:
+    """Project normed tokens (B, T, C) to values, with the output gate; see `Block.values`."""
+    if not has_rows(attn.qkv):
+        return fused_qkv(attn, x)
+    (v,) = part_of_qkv(attn, x, 2)
+    return QKV(v[:, :, :0], v[:, :, :0], v, attn.scale, extra=output_gate(attn, x))
+
+
 def check_attention(attn: Any, what: str) -> None:
     """Raise `EvoViTError` unless it is timm's `Attention` (one softmax) with the parts we know."""
     expect_class(attn, ("timm.layers.attention.Attention",), what)
@@ -124,11 +132,7 @@ class PreNormBlock(Block):
         return QKV(attn.q_norm(q), k, k[:, :, :0], attn.scale)
 
     def values(self, tokens: Tokens) -> QKV:
-        attn, x = self.block.attn, self.before(tokens.x)
-        if not has_rows(attn.qkv):
-            return fused_qkv(attn, x)
-        (v,) = part_of_qkv(attn, x, 2)
-        return QKV(v[:, :, :0], v[:, :, :0], v, attn.scale, extra=output_gate(attn, x))
+        return values_alone(self.block.attn, self.before(tokens.x))
 
     def leading_qkv(self, tokens: Tokens, count: int) -> QKV:
         attn = self.block.attn

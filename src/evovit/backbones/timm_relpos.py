@@ -20,7 +20,7 @@ from evovit.backbones.base import (
     expect_parts,
     raster_tokens,
 )
-from evovit.backbones.timm_blocks import fused_qkv
+from evovit.backbones.timm_blocks import fused_qkv, values_alone
 from evovit.backbones.timm_relative import biased_output, placed_bias, relative_spec
 from evovit.backbones.timm_vit import TimmFlat
 from evovit.tokens import QKV, Tokens
@@ -57,6 +57,9 @@ class RelPosBlock(Block):
 
     def qkv(self, tokens: Tokens) -> QKV:
         return self.placed(fused_qkv(self.block.attn, self.attention_input(tokens)), tokens)
+
+    def values(self, tokens: Tokens) -> QKV:
+        return values_alone(self.block.attn, self.attention_input(tokens))  # without the bias
 
     def placed(self, qkv: QKV, tokens: Tokens) -> QKV:
         """Return q, k, v with the host's bias for the tokens present."""
