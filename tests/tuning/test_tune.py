@@ -89,7 +89,7 @@ def tables(depth: int, counts: tuple[int, ...]) -> tuple[LatencyTable, Sensitivi
 def test_the_search_finds_what_a_loop_over_all_schedules_finds(parks: bool) -> None:
     depth, counts = 5, (16, 11, 7, 3)
     latency, sensitivity = tables(depth, counts)
-    costs = Costs(latency, sensitivity, parks, extra=1, overhead_ms=0.2)
+    costs = Costs(latency, sensitivity, parks, extra=1)
     wanted, found = latency.rest_ms + 0.85 * (latency.plain_ms - latency.rest_ms), []
     for points in (1, 2, 3, 4):
         for blocks in combinations(range(1, depth), points):
@@ -100,7 +100,7 @@ def test_the_search_finds_what_a_loop_over_all_schedules_finds(parks: bool) -> N
                     kept.append(now)
                 rows = [n + 1 + (n < 16) for n in kept]
                 before = rows if parks else [17, *rows[:-1]]
-                ms = latency.predict(before, rows) + 0.2 * points
+                ms = latency.predict(before, rows)
                 hurt, old = 0.0, 16
                 for block, level in zip(blocks, levels, strict=True):
                     row = dict(zip(sensitivity.counts, sensitivity.values[block - 1], strict=True))
@@ -117,7 +117,7 @@ def test_the_search_finds_what_a_loop_over_all_schedules_finds(parks: bool) -> N
 
 def test_a_merging_method_never_halves_more_than_once_a_block() -> None:
     latency, sensitivity = tables(5, (16, 8, 7, 3))
-    costs = Costs(latency, sensitivity, False, 0, 0.0, merges=True)
+    costs = Costs(latency, sensitivity, False, 0, merges=True)
     for one in search(costs, (16, 8, 7, 3), 1, 1e9, 50):
         evovit.reduce_tokens(HOSTS["vit"](depth=5), "tome", keep_per_block=one.counts, verify=False)
 

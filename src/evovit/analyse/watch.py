@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evovit.backbones.base import Block, Mix
+from evovit.backbones.wrapped import WrappedBlock
 from evovit.intermediates import present_rows
 from evovit.methods.base import Method
 from evovit.model import ReducedViT, backbone_of
@@ -33,38 +34,17 @@ class Seen(NamedTuple):
     prefix: Tensor  # (B, P, C), after the block
 
 
-class WatchedBlock(Block):
+class WatchedBlock(WrappedBlock):
     """A view of a block that notes what its attention last saw."""
 
     def __init__(self, block: Block) -> None:
-        self.block, self.number, self.probe = block, block.number, block.probe
+        super().__init__(block)
         self.seen: tuple[Tokens, QKV] | None = None
-
-    def qkv(self, tokens: Tokens) -> QKV:
-        return self.block.qkv(tokens)
-
-    def attention_input(self, tokens: Tokens) -> Tensor:
-        return self.block.attention_input(tokens)
-
-    def scoring_qkv(self, tokens: Tokens) -> QKV:
-        return self.block.scoring_qkv(tokens)
-
-    def qkv_of_rows(self, active: Tokens, scored: QKV, rows: Tensor) -> QKV:
-        return self.block.qkv_of_rows(active, scored, rows)
-
-    def queries_keys(self, tokens: Tokens) -> QKV:
-        return self.block.queries_keys(tokens)
-
-    def values(self, tokens: Tokens) -> QKV:
-        return self.block.values(tokens)
-
-    def leading_qkv(self, tokens: Tokens, count: int) -> QKV:
-        return self.block.leading_qkv(tokens, count)
 
     def attend(
         self, tokens: Tokens, bias: Tensor | None = None, asking: int | None = None
     ) -> tuple[Tokens, QKV]:
-        after, qkv = self.block.attend(tokens, bias, asking)
+        after, qkv = super().attend(tokens, bias, asking)
         self.note(tokens, qkv, bias)
         return after, qkv
 
@@ -72,7 +52,7 @@ class WatchedBlock(Block):
         self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None, mix: Mix | None = None
     ) -> Tokens:
         self.note(tokens, qkv, bias)
-        return self.block.attention(tokens, qkv, bias, mix)
+        return super().attention(tokens, qkv, bias, mix)
 
     def note(self, tokens: Tokens, qkv: QKV, bias: Tensor | None) -> None:
         """Note tokens that attend to each other, with the queries and keys of all."""
@@ -84,9 +64,6 @@ class WatchedBlock(Block):
             part = F.pad(tokens.taking_part, (tokens.num_prefix, 0), value=1.0)
             bias = part.log()[:, None, None]  # nobody attends to those that take no part
         self.seen = tokens, with_bias(qkv, bias)
-
-    def ffn(self, tokens: Tokens) -> Tokens:
-        return self.block.ffn(tokens)
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from evovit.backbones.base import Block, Mix, Stage
+from evovit.backbones.base import Mix, Stage
+from evovit.backbones.wrapped import WrappedBlock
 from evovit.ops.select import keep_leading, leading_queries
 from evovit.tokens import QKV, Tokens
 
@@ -21,29 +22,11 @@ def with_prefix_block(stages: Sequence[Stage]) -> list[Stage]:
     return [*before, Stage(last.enter, [*last.blocks[:-1], PrefixBlock(last.blocks[-1])])]
 
 
-class PrefixBlock(Block):
-    """A view of a block after whose attention the prefix tokens alone are left (`num_patches` is 0)."""
+class PrefixBlock(WrappedBlock):
+    """A view of a block after whose attention the prefix tokens alone are left (`num_patches` is 0).
 
-    def __init__(self, block: Block) -> None:
-        self.block, self.number, self.probe = block, block.number, block.probe
-
-    def qkv(self, tokens: Tokens) -> QKV:
-        return self.block.qkv(tokens)  # of all rows: a method may choose by them who takes part
-
-    def attention_input(self, tokens: Tokens) -> Tensor:
-        return self.block.attention_input(tokens)
-
-    def scoring_qkv(self, tokens: Tokens) -> QKV:
-        return self.block.scoring_qkv(tokens)
-
-    def qkv_of_rows(self, active: Tokens, scored: QKV, rows: Tensor) -> QKV:
-        return self.block.qkv_of_rows(active, scored, rows)
-
-    def queries_keys(self, tokens: Tokens) -> QKV:
-        return self.block.queries_keys(tokens)
-
-    def values(self, tokens: Tokens) -> QKV:
-        return self.block.values(tokens)
+    `qkv` and `scoring_qkv` stay of all rows: a method may choose by them who takes part.
+    """
 
     def leading_qkv(self, tokens: Tokens, count: int) -> QKV:
         return self.block.leading_qkv(tokens, tokens.num_prefix)

@@ -31,7 +31,7 @@ def candidates_table(found: Tuned, most: int = 30) -> Table:
             str(one.plan),
             f"{one.ms:.2f}",
             speedup_text(one.speedup, one.noise),
-            "" if one.predicted_ms is None else f"{one.predicted_ms:.2f}",
+            f"{one.predicted_ms:.2f}",
             f"{one.gmacs:.3f}",
             f"{one.damage:.4g}",
             "" if one.predicted_damage is None else f"{one.predicted_damage:.4g}",

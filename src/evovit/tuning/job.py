@@ -13,6 +13,7 @@ from evovit.checkpoints.reduced import MODEL, save_reduced
 from evovit.data.photographs import read_photographs
 from evovit.engines.exporting import preprocessing_of
 from evovit.errors import EvoViTError, shown
+from evovit.hosts.hf import is_hf
 from evovit.model import ReducedViT
 from evovit.recipe.reading import LIBRARY, read_recipe
 from evovit.recipe.tables import MethodTable, Recipe
@@ -90,11 +91,10 @@ def save_found(job: Job, found: Tuned, folder: Path) -> None:
     """Write the winner, and a recipe that trains it on."""
     if found.model is None or found.best is None:
         return
+    timms = {} if is_hf(job.name) else {"host": job.host["name"], "host_options": job.host["options"]}
     try:
-        save_reduced(found.model, folder)
-        if not job.name.startswith("hf:"):
-            save_reduced(found.model, folder, host=job.host["name"], host_options=job.host["options"])
-    except EvoViTError:
+        save_reduced(found.model, folder, **timms)
+    except EvoViTError:  # these build another host, as after surgery; then it tells itself what it can
         save_reduced(found.model, folder)
     with told(folder):
         write_text(folder / "finetune.toml", finetune(job, found, folder).to_toml())

@@ -32,7 +32,6 @@ class Costs:
     sensitivity: SensitivityTable
     parks: bool  # it selects before a block, else between attention and FFN
     extra: int  # rows of a reduced block beside prefix and kept tokens: a fused or representative one
-    overhead_ms: float  # of one reduction point
     scale: float = 1.0  # measured over predicted time
     merges: bool = False  # a block removes half of its tokens at most
 
@@ -56,7 +55,7 @@ def search(costs: Costs, counts: Sequence[int], num_prefix: int, wanted_ms: floa
         levels = levels[_allowed(costs, counts, levels)]
         before = np.concatenate([np.zeros((len(levels), 1), dtype=int), levels[:, :-1]], axis=1)
         for blocks in positions(depth, points):
-            ms = np.full(len(levels), costs.latency.rest_ms + points * costs.overhead_ms)
+            ms = np.full(len(levels), costs.latency.rest_ms)
             hurt = np.zeros(len(levels))
             for number in range(depth):
                 past = sum(block <= number for block in blocks)  # reductions up to this block

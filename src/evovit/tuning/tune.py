@@ -29,7 +29,7 @@ from evovit.tuning.sensitivity import SensitivityTable, answers, block_grid, cou
 MARGIN = 0.03  # below the target that still counts as met
 DENSE_IS_FASTER = 1.03  # a best speed-up below this is none
 TABLES = "tables.json"
-SEARCHED, FAMILIES = 7, 1  # schedules found by search and own knobs per method that a round measures
+SEARCHED = 7  # schedules that a round measures, beside the own knob of each method
 ROUNDS = 3  # of searching and measuring; each learns from the times before
 OWN_BUDGETS = (0.7, 0.5)  # at which a method's own knob is a point of the plot
 
@@ -39,12 +39,21 @@ class Candidate(NamedTuple):
 
     plan: Plan
     ms: float
-    speedup: float  # over dense in the same rounds
+    dense_ms: float  # in the same rounds
+    speedup: float  # median over the rounds of dense / this
     noise: float  # of the speed-up, relative
     damage: float  # see `sensitivity.damage`; on all images
     gmacs: float
-    predicted_ms: float | None = None
+    predicted_ms: float
     predicted_damage: float | None = None
+
+
+class Asked(NamedTuple):
+    """A plan to be measured, and what is predicted of it."""
+
+    plan: Plan
+    ms: float
+    damage: float | None = None
 
 
 @dataclass
@@ -229,25 +238,23 @@ class _Search:
         tables = {base.key: self.measure_sensitivity(base) for base in self.bases}
         self.latency = latency
         own = [with_budget(base, budget, self.spec) for base in self.bases for budget in OWN_BUDGETS]
-        pool = self.measure([(plan, self.predicted_ms(plan), None) for plan in own], "own knobs")
+        pool = self.measure([Asked(plan, self.predicted_ms(plan)) for plan in own], "own knobs")
         costs = {base.key: self.costs(base, tables[base.key], pool) for base in self.bases}
         for turn in range(ROUNDS):
-            asked = [
-                entry
-                for entry in self.proposals(costs, target)
-                if entry[0].key not in {one.plan.key for one in pool}
-            ]
+            known = {one.plan.key for one in pool}
+            asked = [one for one in self.proposals(costs, target) if one.plan.key not in known]
             if not asked:
                 break
             pool += self.measure(asked, f"round {turn + 1}")
             costs = {base.key: self.rescaled(base, costs[base.key], pool) for base in self.bases}
-        best, met, dense_ms = self.choose(pool, target)
+        best, met = self.choose(pool, target)
         conditions = {
             "clock": self.clock.name(),
             "images": len(self.images),
             "random_images": random,
             "measure": "KL divergence of the classes" if self.has_head else "relative feature distance",
         }
+        dense_ms = latency.dense_ms if best is None else best.dense_ms
         found = Tuned(None, best, target, met, "", dense_ms, pool, latency, {}, conditions)
         found.sensitivity = {str(base): tables[base.key] for base in self.bases}
         if best is not None:
@@ -256,19 +263,18 @@ class _Search:
         return found
 
     def costs(self, base: Plan, table: SensitivityTable, pool: Sequence[Candidate]) -> Costs:
-        """Return what the search knows of a method; its overhead from its own knob's measured times."""
+        """Return what the search knows of a method before any of its schedules is measured."""
         cls = find_method(base.method)
         counts = [self.num_patches] * (self.spec.depth - 2) + [self.num_patches // 2] * 2
         trace = rows_of(with_counts(base, counts).build(self.model), self.batch[:1])
         extra = trace[1][-2] - self.spec.num_prefix - self.num_patches // 2
         parks = trace[0] == trace[1]
-        costs = Costs(self.latency, table, parks, extra, 0.0, merges=cls.merges)
+        costs = Costs(self.latency, table, parks, extra, merges=cls.merges)
         return self.rescaled(base, costs, pool)
 
     def rescaled(self, base: Plan, costs: Costs, pool: Sequence[Candidate]) -> Costs:
         """Return the costs with predicted times scaled to those measured of this method."""
-        own = [one for one in pool if self.is_of(one.plan, base) and one.predicted_ms]
-        ratios = [one.ms / one.predicted_ms for one in own if one.predicted_ms]
+        ratios = [one.ms / one.predicted_ms for one in pool if self.is_of(one.plan, base)]
         recent = ratios[-SEARCHED:]
         return replace(costs, scale=median(recent) if recent else costs.scale)
 
@@ -281,89 +287,93 @@ class _Search:
     def predicted_ms(self, plan: Plan) -> float:
         return self.latency.predict(*rows_of(plan.build(self.model), self.batch[:1]))
 
-    def proposals(self, costs: Mapping[str, Costs], target: float) -> list[tuple[Plan, float, float | None]]:
+    def proposals(self, costs: Mapping[str, Costs], target: float) -> list[Asked]:
         """Return the plans of a round: the best schedules over all methods, and each method's own knob."""
         wanted = self.latency.dense_ms / (target * (1 + MARGIN / 3))
         rows = [count for count in self.latency.rows if count > self.spec.num_prefix + 1]
-        found: list[tuple[float, Plan, float]] = []
-        asked: list[tuple[Plan, float, float | None]] = []
+        found: list[tuple[float, str, Asked]] = []  # damage, of which method
+        knobs: list[Asked] = []
         for base in self.bases:
             cost = costs[base.key]
             least = min(cost.sensitivity.counts)
             kept = {row - self.spec.num_prefix - cost.extra for row in rows[:-1]}
             counts = [self.num_patches, *sorted((n for n in kept if n >= least), reverse=True)]
             for one in search(cost, counts, self.spec.num_prefix, wanted, SEARCHED):
-                found.append((one.damage, with_counts(base, one.counts), one.ms / cost.scale))
-            asked += [(plan, ms, None) for plan, ms in self.own_knob(base, wanted / cost.scale)]
-        found.sort(key=lambda entry: (entry[0], entry[1].key))
-        each: dict[str, int] = {}
-        chosen: list[tuple[Plan, float, float | None]] = []
-        for hurt, plan, ms in found:
-            name = plan.key.split('"keep_per_block"')[0]
-            if each.get(name, 0) < max(2, SEARCHED // 2) and len(chosen) < SEARCHED:
-                each[name] = each.get(name, 0) + 1
-                chosen.append((plan, ms, hurt))
-        return chosen + asked
+                asked = Asked(with_counts(base, one.counts), one.ms / cost.scale, one.damage)
+                found.append((one.damage, base.key, asked))
+            knobs += self.own_knob(base, wanted / cost.scale)
+        chosen: list[Asked] = []
+        taken: dict[str, int] = {}
+        for _, method, asked in sorted(found, key=lambda entry: (entry[0], entry[2].plan.key)):
+            if (
+                taken.get(method, 0) < max(2, SEARCHED // 2) and len(chosen) < SEARCHED
+            ):  # not all of one method
+                taken[method] = taken.get(method, 0) + 1
+                chosen.append(asked)
+        return chosen + knobs
 
-    def own_knob(self, base: Plan, wanted_ms: float) -> list[tuple[Plan, float]]:
-        """Return the largest budget of a method's own knob that is fast enough, found by halving."""
+    def own_knob(self, base: Plan, wanted_ms: float) -> list[Asked]:
+        """Return the largest budget of a method's own knob that is fast enough, if any, found by halving."""
         low, high, best = 0.02, 1.0, None
         for _ in range(7):
             middle = (low + high) / 2
             plan = with_budget(base, round(middle, 3), self.spec)
             ms = self.predicted_ms(plan)
             if ms <= wanted_ms:
-                low, best = middle, (plan, ms)
+                low, best = middle, Asked(plan, ms)
             else:
                 high = middle
         return [] if best is None else [best]
 
-    def measure(
-        self, asked: Sequence[tuple[Plan, float, float | None]], what: str, rounds: int | None = None
-    ) -> list[Candidate]:
+    def measure(self, asked: Sequence[Asked], what: str, rounds: int | None = None) -> list[Candidate]:
         """Time plans in turn with the host, and see what each does to all images."""
         rounds = rounds or max(4, self.setting.rounds // 2)
-        key = blake2b("".join(plan.key for plan, *_ in asked).encode(), digest_size=12).hexdigest()
+        key = blake2b("".join(one.plan.key for one in asked).encode(), digest_size=12).hexdigest()
         self.log(f"{what}: {len(asked)} plans in turn with dense, {rounds} rounds")
 
         def make() -> dict[str, list[float]]:
             models: dict[str, nn.Module] = {"dense": self.model}
-            models |= {plan.key: plan.build(self.model) for plan, *_ in asked}
+            models |= {one.plan.key: one.plan.build(self.model) for one in asked}
             return self.clock.times(models, dict.fromkeys(models, self.batch), rounds)
 
         times = self.once(f"times {self.clock.name()} {rounds} {key} {self.of}", make)
+        dense_ms = median(times["dense"])
         found = []
-        for plan, ms, hurt in asked:
+        for plan, predicted_ms, predicted_damage in asked:
             ratio = compare(times["dense"], times[plan.key])
-            real = self.damage_of(plan)
-            work = gmacs(plan.build(self.model), self.backbone.image_shape)
             found.append(
-                Candidate(plan, median(times[plan.key]), ratio.value, ratio.noise, real, work, ms, hurt)
+                Candidate(
+                    plan,
+                    ms=median(times[plan.key]),
+                    dense_ms=dense_ms,
+                    speedup=ratio.value,
+                    noise=ratio.noise,
+                    damage=self.damage_of(plan),
+                    gmacs=gmacs(plan.build(self.model), self.backbone.image_shape),
+                    predicted_ms=predicted_ms,
+                    predicted_damage=predicted_damage,
+                )
             )
-        self.dense_ms = median(times["dense"])
         return found
 
-    def choose(self, pool: list[Candidate], target: float) -> tuple[Candidate | None, bool, float]:
-        """Time the best once more, longer; return the winner, whether it is fast enough, and dense's time."""
-        fast = sorted((one for one in pool if one.speedup >= target), key=lambda one: one.damage)
-        near = sorted(
-            (one for one in pool if one.speedup >= target * (1 - MARGIN)), key=lambda one: one.damage
-        )
-        quick = sorted(pool, key=lambda one: -one.speedup)
-        few = list({one.plan.key: one for one in [*fast[:4], *near[:2], *quick[:1]]}.values())[:6]
-        again = self.measure(
-            [(one.plan, one.predicted_ms or 0.0, one.predicted_damage) for one in few],
-            "finalists",
-            self.setting.rounds,
-        )
+    def choose(self, pool: list[Candidate], target: float) -> tuple[Candidate | None, bool]:
+        """Time the best once more, longer; return the winner, and whether it is fast enough."""
+        nearly = target * (1 - MARGIN)
+        by_damage = sorted(pool, key=lambda one: one.damage)
+        fast = [one for one in by_damage if one.speedup >= target]
+        near = [one for one in by_damage if one.speedup >= nearly]
+        quick = max(pool, key=lambda one: one.speedup)
+        few = {one.plan.key: one for one in (*fast[:4], *near[:2], quick)}
+        asked = [Asked(one.plan, one.predicted_ms, one.predicted_damage) for one in few.values()]
+        again = self.measure(asked[:6], "finalists", self.setting.rounds)
         final = {one.plan.key: one for one in again}
         pool[:] = [final.get(one.plan.key, one) for one in pool]
-        for least in (target, target * (1 - MARGIN)):
+        for least in (target, nearly):
             able = [one for one in again if one.speedup >= least]
             if able:
-                return min(able, key=lambda one: one.damage), True, self.dense_ms
+                return min(able, key=lambda one: one.damage), True
         best = max(again, key=lambda one: one.speedup)
-        return (best if best.speedup >= DENSE_IS_FASTER else None), False, self.dense_ms
+        return (best if best.speedup >= DENSE_IS_FASTER else None), False
 
 
 def answer(found: Tuned) -> str:
