@@ -52,6 +52,7 @@ def tune(
         out: folder that gets the model (evovit.load_reduced reads it), finetune.toml, report.html and
             tables.json; default: tuned/MODEL.
     """
+    import sys
     import time
 
     from rich.console import Console
@@ -64,7 +65,7 @@ def tune(
     from evovit.tuning.tune import expect_wish
     from evovit.tuning.tune import tune as search
 
-    start, console = time.perf_counter(), Console()
+    start, console = time.perf_counter(), Console() if sys.stdout.isatty() else Console(width=150)
     number = target.strip().removesuffix("x")
     try:
         wish = float(number) if target else None
@@ -101,7 +102,10 @@ def tune(
         save_found(job, found, folder)
         report = write_report(folder, found, lines)
     console.print(
-        as_printed(candidates_table(found, 12), "fastest first; damage on the images, before training")
+        as_printed(
+            candidates_table(found, 12, predicted=False),
+            "fastest first; damage on the images, before training",
+        )
     )
     for line in [*lines, *([RANDOM] if job.images is None else []), found.sentence]:
         console.print(printable(line), markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""What a search for a schedule says: the answer, damage against measured time, both tables."""
+"""What a search for a schedule says: the answer, damage against measured speed-up, both tables."""
 
 from __future__ import annotations
 
@@ -22,27 +22,26 @@ RANDOM = (
 )
 
 
-def candidates_table(found: Tuned, most: int = 30) -> Table:
-    """Return what was measured, fastest first; the winner is bold."""
+def candidates_table(found: Tuned, most: int = 30, predicted: bool = True) -> Table:
+    """Return what was measured, fastest first; the winner is bold.
+
+    Args:
+        predicted: also show what had been predicted.
+    """
     ordered = sorted(found.candidates, key=lambda one: one.ms)[:most]
-    columns = ("plan", "ms", "speed-up", "predicted ms", "GMACs", "damage", "predicted damage")
-    rows = [
-        [
-            str(one.plan),
-            f"{one.ms:.2f}",
-            speedup_text(one.speedup, one.noise),
-            f"{one.predicted_ms:.2f}",
-            f"{one.gmacs:.3f}",
-            f"{one.damage:.4g}",
-            "" if one.predicted_damage is None else f"{one.predicted_damage:.4g}",
-        ]
-        for one in ordered
-    ]
-    return table(columns, rows, [found.best is not None and one.plan == found.best.plan for one in ordered])
+    columns = ["ms", "speed-up", "GMACs", "damage", *(["predicted ms", "predicted"] if predicted else [])]
+    rows = []
+    for one in ordered:
+        hoped = "" if one.predicted_damage is None else f"{one.predicted_damage:.3g}"
+        numbers = [f"{one.ms:.2f}", speedup_text(one.speedup, one.noise), f"{one.gmacs:.3g}"]
+        numbers += [f"{one.damage:.3g}", *([f"{one.predicted_ms:.2f}", hoped] if predicted else [])]
+        rows.append([*numbers, str(one.plan)])
+    bold = [found.best is not None and one.plan == found.best.plan for one in ordered]
+    return table([*columns, "plan"], rows, bold)
 
 
 def draw_pareto(found: Tuned) -> Figure:
-    """Draw damage against measured time of all plans: schedules filled, methods' own knobs hollow."""
+    """Draw damage against speed-up, measured in turn with dense: schedules filled, own knobs hollow."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
@@ -57,7 +56,7 @@ def draw_pareto(found: Tuned) -> Figure:
             ]
             if some:
                 axes.plot(
-                    [one.ms for one in some],
+                    [one.speedup for one in some],
                     [one.damage for one in some],
                     MARKS[number % len(MARKS)],
                     color=f"C{number % 10}",
@@ -66,11 +65,11 @@ def draw_pareto(found: Tuned) -> Figure:
                 )
     if found.best is not None:
         axes.plot(
-            found.best.ms, found.best.damage, "*", color="black", markersize=15, label="chosen", zorder=3
+            found.best.speedup, found.best.damage, "*", color="black", markersize=15, label="chosen", zorder=3
         )
-    axes.axvline(found.dense_ms, color="grey", linestyle="-", label="dense")
-    axes.axvline(found.dense_ms / found.target, color="grey", linestyle="--", label="wished")
-    axes.set(xlabel="ms per batch, measured", ylabel=plain(found.conditions["measure"]), xlim=(0, None))
+    axes.axvline(1, color="grey", linestyle="-", label="dense")
+    axes.axvline(found.target, color="grey", linestyle="--", label="wished")
+    axes.set(xlabel="speed-up over dense, measured in turn", ylabel=plain(found.conditions["measure"]))
     if min((one.damage for one in found.candidates), default=0) > 0:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
@@ -98,8 +97,8 @@ def parts_of(found: Tuned, top1: Sequence[str] = ()) -> list[Part]:
         Quiet(
             f"Wished {found.target:.2f}x. {found.conditions['clock']}; {found.conditions['images']} images."
         ),
-        Heading("Damage against time"),
-        drawn(draw_pareto(found), "damage against measured time of all plans"),
+        Heading("Damage against speed-up"),
+        drawn(draw_pareto(found), "damage against measured speed-up of all plans"),
         candidates_table(found),
         Heading("Latency table"),
         Paragraph(
