@@ -89,7 +89,7 @@ def tables(depth: int, counts: tuple[int, ...]) -> tuple[LatencyTable, Sensitivi
 def test_the_search_finds_what_a_loop_over_all_schedules_finds(parks: bool) -> None:
     depth, counts = 5, (16, 11, 7, 3)
     latency, sensitivity = tables(depth, counts)
-    costs = Costs(latency, sensitivity, parks, extra=1)
+    costs = Costs(latency, sensitivity, parks, extra=1, overhead_ms=0.2)
     wanted, found = latency.rest_ms + 0.85 * (latency.plain_ms - latency.rest_ms), []
     for points in (1, 2, 3, 4):
         for blocks in combinations(range(1, depth), points):
@@ -100,7 +100,7 @@ def test_the_search_finds_what_a_loop_over_all_schedules_finds(parks: bool) -> N
                     kept.append(now)
                 rows = [n + 1 + (n < 16) for n in kept]
                 before = rows if parks else [17, *rows[:-1]]
-                ms = latency.predict(before, rows)
+                ms = latency.predict(before, rows) + 0.2 * points
                 hurt, old = 0.0, 16
                 for block, level in zip(blocks, levels, strict=True):
                     row = dict(zip(sensitivity.counts, sensitivity.values[block - 1], strict=True))
@@ -113,6 +113,14 @@ def test_the_search_finds_what_a_loop_over_all_schedules_finds(parks: bool) -> N
         [one[0] for one in expected]
     )
     assert best[0].counts == expected[0][2] and best[0].ms == pytest.approx(expected[0][1])
+
+
+def test_where_no_schedule_is_fast_enough_the_fastest_are_found() -> None:
+    latency, sensitivity = tables(5, (16, 11, 7, 3))
+    costs = Costs(latency, sensitivity, True, 0)
+    found = search(costs, (16, 11, 7, 3), 1, 0.0, 3)
+    assert found[0].counts == (16, 3, 3, 3, 3)  # at once and as few as can be
+    assert [one.ms for one in found] == sorted(one.ms for one in found)
 
 
 def test_a_merging_method_never_halves_more_than_once_a_block() -> None:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -113,6 +114,11 @@ def with_budget(base: Plan, budget: float, spec: BackboneSpec) -> Plan:
         if getattr(after, f.name) != getattr(before, f.name)
     }
     return Plan(base.method, {**base.options, **changed})
+
+
+def points_of(ffn: Sequence[int]) -> int:
+    """Return how many blocks reduce, from the rows of each block's FFN; all but the first may."""
+    return max(1, sum(now != before for before, now in pairwise(ffn)))
 
 
 def rows_of(model: ReducedViT, images: torch.Tensor) -> tuple[list[int], list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import NamedTuple
 
@@ -32,17 +33,20 @@ class Costs:
     sensitivity: SensitivityTable
     parks: bool  # it selects before a block, else between attention and FFN
     extra: int  # rows of a reduced block beside prefix and kept tokens: a fused or representative one
-    scale: float = 1.0  # measured over predicted time
+    overhead_ms: float = 0.0  # of one reduction point, beside the blocks' times
     merges: bool = False  # a block removes half of its tokens at most
 
 
 def search(costs: Costs, counts: Sequence[int], num_prefix: int, wanted_ms: float, most: int) -> list[Found]:
     """Return the schedules of least predicted damage that take `wanted_ms` at most, best first.
 
+    Where none does, the fastest ones.
+
     Args:
         counts: patch tokens that a block may keep, falling, all of them first.
     """
     best: list[Found] = []
+    fastest: list[Found] = []
     depth = costs.latency.depth
     rows = np.array([n + num_prefix + (costs.extra if n < counts[0] else 0) for n in counts])
     damage = costs.sensitivity.whole(depth, counts)  # (depth, counts)
@@ -55,7 +59,7 @@ def search(costs: Costs, counts: Sequence[int], num_prefix: int, wanted_ms: floa
         levels = levels[_allowed(costs, counts, levels)]
         before = np.concatenate([np.zeros((len(levels), 1), dtype=int), levels[:, :-1]], axis=1)
         for blocks in positions(depth, points):
-            ms = np.full(len(levels), costs.latency.rest_ms)
+            ms = np.full(len(levels), costs.latency.rest_ms + points * costs.overhead_ms)
             hurt = np.zeros(len(levels))
             for number in range(depth):
                 past = sum(block <= number for block in blocks)  # reductions up to this block
@@ -65,13 +69,13 @@ def search(costs: Costs, counts: Sequence[int], num_prefix: int, wanted_ms: floa
                 if number in blocks:
                     place = blocks.index(number)
                     hurt += np.maximum(0, damage[number, levels[:, place]] - damage[number, before[:, place]])
-            ms = ms * costs.scale
             fits = np.flatnonzero(ms <= wanted_ms)
-            for i in fits[np.argsort(hurt[fits], kind="stable")[:most]]:
-                kept = _per_block(depth, blocks, [counts[level] for level in levels[i]], counts[0])
-                best.append(Found(float(hurt[i]), float(ms[i]), kept))
+            here = partial(_found, ms, hurt, levels, blocks, counts, depth)
+            best += [here(i) for i in fits[np.argsort(hurt[fits], kind="stable")[:most]]]
+            fastest += [here(i) for i in np.argsort(ms, kind="stable")[:1]]
         best = sorted(best)[:most]
-    return best
+        fastest = sorted(fastest, key=lambda one: (one.ms, one.damage))[:most]
+    return best or fastest
 
 
 def positions(depth: int, points: int) -> Iterator[tuple[int, ...]]:
@@ -87,5 +91,16 @@ def _allowed(costs: Costs, counts: Sequence[int], levels: NDArray[np.int64]) -> 
     return np.asarray(((kept[:, :-1] - kept[:, 1:]) <= kept[:, :-1] // 2).all(axis=1))
 
 
-def _per_block(depth: int, blocks: Sequence[int], kept: Sequence[int], whole: int) -> tuple[int, ...]:
-    return tuple(([whole, *kept])[sum(block <= number for block in blocks)] for number in range(depth))
+def _found(
+    ms: NDArray[np.float64],
+    hurt: NDArray[np.float64],
+    levels: NDArray[np.int64],
+    blocks: Sequence[int],
+    counts: Sequence[int],
+    depth: int,
+    i: int,
+) -> Found:
+    """Return the i-th schedule of those that reduce at these blocks."""
+    kept = [counts[0], *(counts[level] for level in levels[i])]
+    per_block = tuple(kept[sum(block <= number for block in blocks)] for number in range(depth))
+    return Found(float(hurt[i]), float(ms[i]), per_block)

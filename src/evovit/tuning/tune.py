@@ -22,7 +22,7 @@ from evovit.model import ReducedViT
 from evovit.runtime.files import make_folder, read_json, told, write_text
 from evovit.tuning.clock import Clock, EngineClock, median
 from evovit.tuning.latency import LatencyTable, blank, measure_latency, row_grid
-from evovit.tuning.plans import PLACES, Plan, choose_methods, rows_of, with_budget, with_counts
+from evovit.tuning.plans import PLACES, Plan, choose_methods, points_of, rows_of, with_budget, with_counts
 from evovit.tuning.search import Costs, search
 from evovit.tuning.sensitivity import SensitivityTable, answers, block_grid, count_grid, damage
 
@@ -44,7 +44,8 @@ class Candidate(NamedTuple):
     noise: float  # of the speed-up, relative
     damage: float  # see `sensitivity.damage`; on all images
     gmacs: float
-    predicted_ms: float
+    predicted_ms: float  # by the latency table alone
+    points: int  # blocks that reduce
     predicted_damage: float | None = None
 
 
@@ -52,7 +53,8 @@ class Asked(NamedTuple):
     """A plan to be measured, and what is predicted of it."""
 
     plan: Plan
-    ms: float
+    ms: float  # by the latency table alone
+    points: int  # blocks that reduce
     damage: float | None = None
 
 
@@ -238,7 +240,7 @@ class _Search:
         tables = {base.key: self.measure_sensitivity(base) for base in self.bases}
         self.latency = latency
         own = [with_budget(base, budget, self.spec) for base in self.bases for budget in OWN_BUDGETS]
-        pool = self.measure([Asked(plan, self.predicted_ms(plan)) for plan in own], "own knobs")
+        pool = self.measure([self.predicted(plan) for plan in own], "own knobs")
         costs = {base.key: self.costs(base, tables[base.key], pool) for base in self.bases}
         for turn in range(ROUNDS):
             known = {one.plan.key for one in pool}
@@ -246,7 +248,7 @@ class _Search:
             if not asked:
                 break
             pool += self.measure(asked, f"round {turn + 1}")
-            costs = {base.key: self.rescaled(base, costs[base.key], pool) for base in self.bases}
+            costs = {base.key: self.corrected(base, costs[base.key], pool) for base in self.bases}
         best, met = self.choose(pool, target)
         conditions = {
             "clock": self.clock.name(),
@@ -270,13 +272,19 @@ class _Search:
         extra = trace[1][-2] - self.spec.num_prefix - self.num_patches // 2
         parks = trace[0] == trace[1]
         costs = Costs(self.latency, table, parks, extra, merges=cls.merges)
-        return self.rescaled(base, costs, pool)
+        return self.corrected(base, costs, pool)
 
-    def rescaled(self, base: Plan, costs: Costs, pool: Sequence[Candidate]) -> Costs:
-        """Return the costs with predicted times scaled to those measured of this method."""
-        ratios = [one.ms / one.predicted_ms for one in pool if self.is_of(one.plan, base)]
-        recent = ratios[-SEARCHED:]
-        return replace(costs, scale=median(recent) if recent else costs.scale)
+    def corrected(self, base: Plan, costs: Costs, pool: Sequence[Candidate]) -> Costs:
+        """Return the costs with the overhead that the newest measured plans of this method show."""
+        own = [one for one in pool if self.is_of(one.plan, base)][-SEARCHED:]
+        if not own:
+            return costs
+        over = [(self.settled_ms(one) - one.predicted_ms) / one.points for one in own]
+        return replace(costs, overhead_ms=max(0.0, median(over)))
+
+    def settled_ms(self, one: Candidate) -> float:
+        """Return a measured time as it were when the latency table was measured: machines slow down."""
+        return one.ms * self.latency.dense_ms / one.dense_ms
 
     def is_of(self, plan: Plan, base: Plan) -> bool:
         shared = {key: value for key, value in base.options.items() if key not in ("keep_ratio", *PLACES)}
@@ -284,8 +292,10 @@ class _Search:
             plan.options.get(key) == value for key, value in shared.items()
         )
 
-    def predicted_ms(self, plan: Plan) -> float:
-        return self.latency.predict(*rows_of(plan.build(self.model), self.batch[:1]))
+    def predicted(self, plan: Plan) -> Asked:
+        """Return a plan with its time by the latency table."""
+        attention, ffn = rows_of(plan.build(self.model), self.batch[:1])
+        return Asked(plan, self.latency.predict(attention, ffn), points_of(ffn))
 
     def proposals(self, costs: Mapping[str, Costs], target: float) -> list[Asked]:
         """Return the plans of a round: the best schedules over all methods, and each method's own knob."""
@@ -299,9 +309,11 @@ class _Search:
             kept = {row - self.spec.num_prefix - cost.extra for row in rows[:-1]}
             counts = [self.num_patches, *sorted((n for n in kept if n >= least), reverse=True)]
             for one in search(cost, counts, self.spec.num_prefix, wanted, SEARCHED):
-                asked = Asked(with_counts(base, one.counts), one.ms / cost.scale, one.damage)
+                points = points_of(one.counts)
+                ms = one.ms - points * cost.overhead_ms
+                asked = Asked(with_counts(base, one.counts), ms, points, one.damage)
                 found.append((one.damage, base.key, asked))
-            knobs += self.own_knob(base, wanted / cost.scale)
+            knobs += self.own_knob(base, wanted, cost.overhead_ms)
         chosen: list[Asked] = []
         taken: dict[str, int] = {}
         for _, method, asked in sorted(found, key=lambda entry: (entry[0], entry[2].plan.key)):
@@ -312,15 +324,14 @@ class _Search:
                 chosen.append(asked)
         return chosen + knobs
 
-    def own_knob(self, base: Plan, wanted_ms: float) -> list[Asked]:
+    def own_knob(self, base: Plan, wanted_ms: float, overhead_ms: float) -> list[Asked]:
         """Return the largest budget of a method's own knob that is fast enough, if any, found by halving."""
         low, high, best = 0.02, 1.0, None
         for _ in range(7):
             middle = (low + high) / 2
-            plan = with_budget(base, round(middle, 3), self.spec)
-            ms = self.predicted_ms(plan)
-            if ms <= wanted_ms:
-                low, best = middle, Asked(plan, ms)
+            asked = self.predicted(with_budget(base, round(middle, 3), self.spec))
+            if asked.ms + asked.points * overhead_ms <= wanted_ms:
+                low, best = middle, asked
             else:
                 high = middle
         return [] if best is None else [best]
@@ -339,7 +350,7 @@ class _Search:
         times = self.once(f"times {self.clock.name()} {rounds} {key} {self.of}", make)
         dense_ms = median(times["dense"])
         found = []
-        for plan, predicted_ms, predicted_damage in asked:
+        for plan, predicted_ms, points, predicted_damage in asked:
             ratio = compare(times["dense"], times[plan.key])
             found.append(
                 Candidate(
@@ -351,6 +362,7 @@ class _Search:
                     damage=self.damage_of(plan),
                     gmacs=gmacs(plan.build(self.model), self.backbone.image_shape),
                     predicted_ms=predicted_ms,
+                    points=points,
                     predicted_damage=predicted_damage,
                 )
             )
@@ -364,7 +376,7 @@ class _Search:
         near = [one for one in by_damage if one.speedup >= nearly]
         quick = max(pool, key=lambda one: one.speedup)
         few = {one.plan.key: one for one in (*fast[:4], *near[:2], quick)}
-        asked = [Asked(one.plan, one.predicted_ms, one.predicted_damage) for one in few.values()]
+        asked = [Asked(one.plan, one.predicted_ms, one.points, one.predicted_damage) for one in few.values()]
         again = self.measure(asked[:6], "finalists", self.setting.rounds)
         final = {one.plan.key: one for one in again}
         pool[:] = [final.get(one.plan.key, one) for one in pool]
