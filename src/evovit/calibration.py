@@ -20,7 +20,7 @@ from evovit.errors import EvoViTError, check_choice, check_count, check_kind, sh
 from evovit.methods.patch_slimming import PatchSlimming
 from evovit.model import ReducedViT, reduce_tokens
 from evovit.ops.select import keep_rows
-from evovit.ops.significance import attention_map, own_weight, path_weight
+from evovit.ops.significance import own_weight, path_weight, precise_map
 from evovit.tokens import Tokens
 
 ErrorKind = Literal["relative", "squared"]
@@ -149,7 +149,7 @@ class Search:
             blocks, num_prefix = self.original.stages()[0].blocks, tokens.num_prefix
             for block in blocks[:number]:
                 tokens = block(tokens)
-            own = own_weight(attention_map(blocks[number].qkv(tokens)), tokens.x)
+            own = own_weight(precise_map(blocks[number].qkv(tokens)), tokens.x)
             after = blocks[number](tokens)
             arranged = arrange(after, self.order + others)
             seen.append(Seen(tokens, after, self.read(self.original, number, arranged)))
@@ -166,7 +166,7 @@ class Search:
             asking = tokens.num_prefix + self.counts[block.number]
             tokens, qkv = block.attend(tokens, asking=asking)
             tokens = block.ffn(tokens)
-            maps.append(attention_map(qkv)[:, :, :asking])
+            maps.append(precise_map(qkv)[:, :, :asking])
         return path_weight(maps) if maps else tokens.x.new_ones(tokens.x.shape[:2], dtype=torch.float64)
 
     def read(self, backbone: Backbone, number: int, tokens: Tokens) -> Tensor:

@@ -7,7 +7,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from evovit.ops.significance import attention_map, own_weight, path_weight
+from evovit.ops.significance import own_weight, path_weight, precise_map
 from evovit.tokens import QKV
 
 HEADS, TOKENS, CHANNELS = 2, 4, 3
@@ -61,7 +61,7 @@ def test_the_dynamic_programme_is_the_sum_over_all_paths_of_heads() -> None:
 def test_the_map_is_softmax_attention_in_float64() -> None:
     q, k = torch.randn(2, HEADS, 2, 5), torch.randn(2, HEADS, 4, 5)
     bias = torch.randn(1, HEADS, 2, 4)
-    found = attention_map(QKV(q, k, k, 0.3, bias))
+    found = precise_map(QKV(q, k, k, 0.3, bias))
     assert found.dtype == torch.float64
     for image, head, row in product(range(2), range(HEADS), range(2)):
         logits = [float(q[image, head, row] @ k[image, head, j]) * 0.3 for j in range(4)]

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from evovit.ops.score import attention_map
 from evovit.tokens import QKV
 
 
-def attention_map(qkv: QKV) -> Tensor:
+def precise_map(qkv: QKV) -> Tensor:
     """Return the attention weights, (B, H, Q, T) float64, each row summing to 1."""
-    logits = (qkv.q.double() * qkv.scale) @ qkv.k.double().transpose(-2, -1)
-    return (logits if qkv.bias is None else logits + qkv.bias.double()).softmax(-1)
+    return attention_map(qkv._replace(q=qkv.q.double(), k=qkv.k.double()))
 
 
 def own_weight(attention: Tensor, x: Tensor) -> Tensor:
