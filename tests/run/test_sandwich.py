@@ -123,6 +123,6 @@ def test_what_does_not_go_together_is_one_sentence(tmp_path: Path, other: str) -
 def test_two_processes_learn_every_budget(tmp_path: Path) -> None:
     recipe = small(tmp_path, BUDGETS, "model.drop_path=0", "data.mixup=0", "run.epochs=2")
     train_here(recipe, tmp_path / "one")
-    assert set(finish(*start_world(recipe, tmp_path / "two"))) == {0}
+    assert set(finish(*start_world(recipe, tmp_path / "two", 2))) == {0}
     one, two = (losses(tmp_path / name) for name in ("one", "two"))
     assert len(one) == len(two) and two[0] == pytest.approx(one[0], rel=1e-4)
