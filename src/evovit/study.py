@@ -11,13 +11,11 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from evovit.bench.row import Measured, Row, rows_of
-from evovit.bench.setting import Setting, Variant
-from evovit.bench.step import Batch, prepare
-from evovit.bench.timing import interleave
+from evovit.bench.row import Row
+from evovit.bench.setting import Variant
+from evovit.bench.timing import in_turn
 from evovit.data.images import Images
 from evovit.errors import EvoViTError, printable
-from evovit.macs import gmacs
 from evovit.methods import DENSE, find_method
 from evovit.model import ReducedViT, backbone_of
 from evovit.recipe.reading import check_different, parse_recipe, read_recipe
@@ -133,21 +131,9 @@ def hold(contestant: Contestant, world: World, console: Console) -> Standing:
 
 def measure(found: Sequence[Standing], world: World, engine: str, batch: int, rounds: int) -> list[Row]:
     """Time the models in turn; the first is the dense one."""
-    device = world.device.type
-    setting = Setting(model=found[0].name, device=device, batch=batch, engines=(engine,), rounds=rounds)
     shape = backbone_of(found[0].model).image_shape
-    torch.compiler.reset()
     images = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(world.device)
-    batches = [Batch(images, torch.zeros(batch, dtype=torch.int64, device=world.device))]
-    measured = []
-    for i, each in enumerate(found):
-        timed_step = prepare(each.model, (engine,), "fp32", batches, False, f"variant_{i}")[0]
-        if timed_step.step is None:
-            raise EvoViTError(f"{each.name} cannot be timed with engine {engine}: {timed_step.skipped}.")
-        variant = Variant(each.name if i else DENSE)
-        measured.append(Measured(variant, timed_step, gmacs(each.model, shape)))
-    interleave(measured, setting)
-    return rows_of(setting, shape[-1], measured)
+    return in_turn({each.name: each.model for each in found}, images, engine, rounds)
 
 
 def shown_images(recipe: Recipe, images: Images, model: nn.Module, world: World, count: int) -> Shown:
