@@ -22,7 +22,7 @@ from evovit.recipe.reading import check_different, parse_recipe, read_recipe
 from evovit.recipe.tables import Recipe
 from evovit.runtime.world import World
 from evovit.train.build import colours_of, open_run
-from evovit.train.evaluate import evaluate
+from evovit.train.evaluate import Accuracy, evaluate
 from evovit.train.run import train_model
 from evovit.visualize import several_classes
 
@@ -55,6 +55,7 @@ class Standing(NamedTuple):
     model: nn.Module  # of the last seed, trained, in evaluation mode
     before: list[float]  # top-1 % per seed, as it starts, untrained
     after: list[float]  # top-1 % per seed, after its training
+    right: list[Tensor]  # (test images,) bool per seed, after its training
 
 
 class Shown(NamedTuple):
@@ -115,7 +116,7 @@ def _recipe(path: Path, overrides: Sequence[str], dense: str, seed: int) -> Reci
 
 def hold(contestant: Contestant, world: World, console: Console) -> Standing:
     """Train every run of a contestant; test each as it starts and after its training."""
-    before, after = [], []
+    before, after = [], list[Accuracy]()
     for recipe, folder in contestant.runs:
         images, model = open_run(recipe)
         model = model.to(world.device)
@@ -124,9 +125,11 @@ def hold(contestant: Contestant, world: World, console: Console) -> Standing:
         before.append(evaluate(model, images, recipe, world).top1)
         if not train_model(recipe, folder, world, console, images, model):
             raise SystemExit  # SIGTERM asked to stop, and this has been said
-        after.append(evaluate(model, images, recipe, world).top1)
+        after.append(evaluate(model, images, recipe, world))
     method = contestant.recipe.method
-    return Standing(contestant.name, str(Variant(method.name, method.options)), model.eval(), before, after)
+    what = str(Variant(method.name, method.options))
+    top1, right = [each.top1 for each in after], [each.right for each in after]
+    return Standing(contestant.name, what, model.eval(), before, top1, right)
 
 
 def measure(found: Sequence[Standing], world: World, engine: str, batch: int, rounds: int) -> list[Row]:
