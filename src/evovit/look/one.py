@@ -132,6 +132,7 @@ def look_at(
     photograph: Photograph,
     names: Sequence[str] = (),
     rounds: int = 0,
+    cost: Cost | None = None,
 ) -> Look:
     """Look at one photograph with a dense and a reduced model; both evaluate, whatever their mode.
 
@@ -141,6 +142,7 @@ def look_at(
         photograph: from `evovit.data.photographs`.
         names: of the classes; where there are none, such as "class 7".
         rounds: how often each is timed; 0: times are left out.
+        cost: where it is known already.
     """
     check_count("rounds", rounds, 0, 100_000)
     watched = as_reduced(reduced)
@@ -150,8 +152,8 @@ def look_at(
             classes = backbone_of(dense).spec.num_classes
             answers = [answer_of(model(images), classes, names) for model in (dense, watched)]
             blocks = blocks_of(watched, images)
-        models = {"dense": dense, "reduced": watched}
-        (cost,) = costs(models, images, rounds)
+        if cost is None:
+            (cost,) = costs({"dense": dense, "reduced": watched}, images, rounds)
     method = watched.method
     return Look(
         photograph=photograph,
