@@ -46,7 +46,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "first steps: evovit quickstart, evovit bench deit_small_patch16_224 --keep-ratio 0.5",
+            "first steps: evovit quickstart, evovit show photo.jpg, evovit bench deit_small_patch16_224",
         ]
     )
 

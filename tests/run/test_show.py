@@ -72,7 +72,7 @@ def test_a_saved_model_is_shown_as_it_is_with_its_own_classes(
     save_reduced(evovit.reduce_tokens(host, "evo_vit", start_block=1), tmp_path / "saved")
     tell("samples", "--model", tmp_path / "saved", "--out", tmp_path / "out")
     said, html = capsys.readouterr().out, (tmp_path / "out" / "show.html").read_text()
-    assert "Dense is here the same weights, trained with the method, with nothing reduced." in html
+    assert "Dense is here the reduced model&#39;s weights with nothing reduced." in html
     assert re.search(r"china: evo_vit start_block=1: .*class \d", said) and "flower: " in said
     assert RANDOM not in html
 

@@ -31,6 +31,7 @@ class Subject:
     reduced: tuple[ReducedViT, ...]
     preprocessing: Mapping[str, Any]  # as of `engines.exporting.preprocessing_of`, with class_names
     notes: tuple[str, ...] = ()  # what makes doubtful what is seen
+    is_own: bool = False  # the reduced model is one that was given, with the weights it has
 
     def look(self, photographs: Iterable[Photograph], rounds: int = 0) -> list[list[Look]]:
         """Return for each photograph a look for each reduced model.
@@ -65,10 +66,15 @@ def subject_of(
         preprocessing: how it takes images, with class_names; default: as it says itself.
     """
     host: nn.Module = model.model if isinstance(model, ReducedViT) else model
-    told = list(notes)
-    if isinstance(model, ReducedViT) and not variants:
+    told, is_own = list(notes), isinstance(model, ReducedViT) and not variants
+    if preprocessing is None and not getattr(host, "pretrained_cfg", None):
+        told.append(
+            "This model does not say how it takes images: its colours are normalised as those of ImageNet. "
+            "Give preprocessing if that is wrong."
+        )
+    if isinstance(model, ReducedViT) and is_own:
         reduced = [model]
-        told.append("Dense is here the same weights, trained with the method, with nothing reduced.")
+        told.append("Dense is here the reduced model's weights with nothing reduced.")
     else:
         reduced = []
         for variant in variants or (Variant("evo_vit"),):
@@ -86,6 +92,7 @@ def subject_of(
         reduced=tuple(reduced),
         preprocessing=preprocessing or preprocessing_of(model),
         notes=tuple(told),
+        is_own=is_own,
     )
 
 

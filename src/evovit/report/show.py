@@ -164,6 +164,13 @@ def opening(subject: Subject, first: Sequence[Look]) -> list[Part]:
             )
         )
         parts += [Note(f"Note: {note}.") for note in timed.notes]
+    if not subject.is_own:
+        parts.append(
+            Quiet(
+                "Weights trained without a method lose with it at first; training with it wins most of that "
+                "back (docs/training.md). Methods that merge need no training."
+            )
+        )
     return parts
 
 
