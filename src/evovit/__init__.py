@@ -36,6 +36,7 @@ Run road: recipe -> numbers
   study        several recipes trained, tested and timed side by side
   look         one photograph, dense and reduced: what each block keeps, answers, costs
   report       tables, plots and pages
+  app          the web page of `evovit app`
   commands     one file a command
   cli          the command line
 """

@@ -23,6 +23,7 @@ COMMANDS = {
     "export": "write a model for ONNX Runtime, OpenVINO or PyTorch, and prove the file",
     "tune": "say how fast; the schedule with the least damage is searched and measured",
     "show": "see on your own photographs what each block keeps, dense and reduced answers side by side",
+    "app": "the same in a web page on this machine, with sliders for keep ratio and block",
     "analyse": "show what a model attends to and keeps: the paper's figures 2, 4 and 5",
     "train": "train a recipe; the same command again goes on where it stopped",
     "compare": "train recipes under equal budgets and lay them side by side",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from evovit.errors import EvoViTError
 from evovit.report.tune import write_report
 from evovit.tuning.latency import LatencyTable, blank, measure_latency, row_grid
 from evovit.tuning.plans import Plan, choose_methods, rows_of, with_counts
+from evovit.tuning.record import TUNED, read_tuned, write_tuned
 from evovit.tuning.search import Costs, search
 from evovit.tuning.sensitivity import SensitivityTable, damage
 from evovit.tuning.tune import tune
@@ -198,6 +200,13 @@ def test_the_page_has_the_answer_and_both_tables(host: nn.Module, images: Tensor
     found = tune(host, images, speedup=1.3, clock=CountingClock(), methods=("evit",), rounds=4)
     text = write_report(tmp_path, found).read_text()
     assert "Damage against speed-up" in text and "Latency table" in text and "Sensitivity of evit" in text
+    write_tuned(tmp_path, found)
+    assert read_tuned(tmp_path) == replace(found, model=None)  # what the page of evovit app shows
+    (tmp_path / TUNED).write_text((tmp_path / TUNED).read_text().replace('"best": ', '"best": 9'))
+    with pytest.raises(EvoViTError, match="is damaged"):
+        read_tuned(tmp_path)
+    with pytest.raises(EvoViTError, match=r"no '.*tuned\.json'.*the same command again writes it"):
+        read_tuned(tmp_path / "nowhere")
 
 
 def test_real_time_works(host: nn.Module) -> None:

@@ -230,18 +230,21 @@ def build_host(setting: Setting) -> nn.Module:
     return model
 
 
-def build_models(host: nn.Module, variants: Sequence[Variant], train: bool) -> list[nn.Module]:
+def build_models(
+    host: nn.Module, variants: Sequence[Variant], train: bool, verify: bool = True
+) -> list[nn.Module]:
     """Return the host and one wrapper around it per variant: all share its weights.
 
     Args:
         train: whether a training step is measured, which computes all rows of the last block.
+        verify: prove the host's adapter, which takes some forwards; False: it has been proven.
     """
     whole = {LAST_BLOCK: "all"} if train else {}
     wrapped: list[nn.Module] = []
     for i, variant in enumerate(variants):
         options = variant.options | whole
         budget = options.pop(BUDGET, None)
-        model = reduce_tokens(host, variant.method, verify=i == 0, **options)
+        model = reduce_tokens(host, variant.method, verify=verify and i == 0, **options)
         model.budget = budget
         wrapped.append(model)
     return [host, *wrapped]

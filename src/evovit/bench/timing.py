@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ from evovit.bench.setting import (
     place,
     random_batches,
 )
-from evovit.bench.step import DTYPES, Batch, Step, float32_precision, in_short, prepare
+from evovit.bench.step import DTYPES, Batch, Step, TimedStep, float32_precision, in_short, prepare, warm_up
 from evovit.errors import EvoViTError
 from evovit.macs import gmacs
 from evovit.methods import DENSE
@@ -155,14 +157,26 @@ def interleave(measured: Sequence[Measured], setting: Setting) -> None:
             one.cpu_ms.append((time.process_time() - before) * 1e3 / (steps + 1))
 
 
+class Outside(NamedTuple):
+    """A model that is no module, such as a file that another engine runs."""
+
+    run: Callable[[Tensor], object]  # takes the images
+    gmacs: float  # of one image
+
+
 def in_turn(
-    models: Mapping[str, nn.Module], images: Tensor, engine: str = "eager", rounds: int = 30
+    models: Mapping[str, nn.Module],
+    images: Tensor,
+    engine: str = "eager",
+    rounds: int = 30,
+    outside: Mapping[str, Outside] = {},
 ) -> list[Row]:
     """Time models in hand on the same images, in turn, where and as they are; return a row for each.
 
     Args:
         models: by name, the dense one first; in evaluation mode after.
         images: (B, channels, height, width) on the models' device.
+        outside: further ones by name, timed in the same rounds; their rows come last, and name `engine` too.
     """
     kind = next(parameter.dtype for parameter in next(iter(models.values())).parameters())
     dtype = next((name for name, other in DTYPES.items() if other == kind), None)
@@ -187,8 +201,16 @@ def in_turn(
             raise EvoViTError(f"{name} cannot be timed with engine {engine}: {step.skipped}.")
         work = gmacs(model, images.shape[1:])
         measured.append(Measured(Variant(name if number else DENSE), step, work))
+    for name, other in outside.items():
+        step = TimedStep(engine, partial(_run_on, other.run, batches[0].images))
+        warm_up(step.run, 1)
+        measured.append(Measured(Variant(name), step, other.gmacs))
     interleave(measured, setting)
     return rows_of(setting, images.shape[-1], measured)
+
+
+def _run_on(run: Callable[[Tensor], object], images: Tensor, number: int) -> object:
+    return run(images)
 
 
 def timed(step: Step, first: int, count: int, on_cuda: bool) -> float:

@@ -49,8 +49,8 @@ def tune(
         rounds: times each finalist is timed.
         weights: of a timm name: a .pth or .safetensors file; of a run: last (default), best or ema.
         pretrained: of a timm name: the published weights, which are downloaded.
-        out: folder that gets the model (evovit.load_reduced reads it), finetune.toml, report.html and
-            tables.json; default: tuned/MODEL.
+        out: folder that gets the model (evovit.load_reduced reads it), finetune.toml, report.html,
+            tuned.json (evovit app shows it) and tables.json; default: tuned/MODEL.
     """
     import sys
     import time
@@ -62,6 +62,7 @@ def tune(
     from evovit.report.tune import RANDOM, candidates_table, write_report
     from evovit.runtime.files import hold_folder, make_folder
     from evovit.tuning.job import open_job, save_found, top1_lines
+    from evovit.tuning.record import write_tuned
     from evovit.tuning.tune import expect_wish
     from evovit.tuning.tune import tune as search
 
@@ -100,6 +101,7 @@ def tune(
         )
         lines = top1_lines(job, found)
         save_found(job, found, folder)
+        write_tuned(folder, found)
         report = write_report(folder, found, lines)
     console.print(
         as_printed(

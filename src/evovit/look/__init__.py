@@ -11,9 +11,10 @@ from evovit.look.one import (
     costs,
     described,
     groups_of,
+    in_words,
     look_at,
 )
-from evovit.look.subject import RANDOM, Subject, default_subject, open_subject, subject_of
+from evovit.look.subject import RANDOM, Opened, Subject, default_subject, open_named, open_subject, subject_of
 
 __all__ = [
     "RANDOM",
@@ -22,6 +23,7 @@ __all__ = [
     "Cost",
     "Guess",
     "Look",
+    "Opened",
     "Subject",
     "class_name",
     "cost_of",
@@ -29,7 +31,9 @@ __all__ = [
     "default_subject",
     "described",
     "groups_of",
+    "in_words",
     "look_at",
+    "open_named",
     "open_subject",
     "subject_of",
 ]

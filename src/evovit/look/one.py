@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -15,7 +15,7 @@ from evovit.analyse import as_reduced, watch
 from evovit.backbones.base import evaluating
 from evovit.bench.row import Row
 from evovit.bench.setting import BUDGET, Variant
-from evovit.bench.timing import in_turn
+from evovit.bench.timing import Outside, in_turn
 from evovit.data.photographs import Photograph
 from evovit.errors import check_count, printable
 from evovit.macs import gmacs
@@ -239,17 +239,24 @@ def on_grid(cells: Tensor, grid: tuple[int, int]) -> Tensor:
     return cells[y[:, None], x]
 
 
-def costs(models: Mapping[str, nn.Module], images: Tensor, rounds: int = 30) -> list[Cost]:
+def costs(
+    models: Mapping[str, nn.Module],
+    images: Tensor,
+    rounds: int = 30,
+    outside: Mapping[str, Outside] = {},
+) -> list[Cost]:
     """Return what each model but the first, the dense one, costs beside it.
 
     Args:
         images: (B, channels, height, width) on the models' device.
         rounds: how often each is timed; they take turns. 0: none is.
+        outside: further ones, as of `in_turn`; their costs come last.
     """
     if rounds == 0:
         work = [gmacs(model, images.shape[1:]) for model in models.values()]
+        work += [other.gmacs for other in outside.values()]
         return [Cost(dense_gmacs=work[0], gmacs=each) for each in work[1:]]
-    dense, *others = in_turn(models, images, rounds=rounds)
+    dense, *others = in_turn(models, images, rounds=rounds, outside=outside)
     return [cost_of(dense, row) for row in others]
 
 
@@ -274,11 +281,15 @@ def cost_of(dense: Row, row: Row) -> Cost:
 
 def described(model: ReducedViT) -> str:
     """Return a model's method with the options that are not the defaults."""
-    config = model.method.current_config()
+    return in_words(name_of(model.method), model.method.current_config(), model.budget)
+
+
+def in_words(method: str, config: Any, budget: float | None = None) -> str:
+    """Return a method's name with the options that are not the defaults."""
     own = {
         name: getattr(config, name)
         for name, each in config.__dataclass_fields__.items()
         if getattr(config, name) != each.default
     }
-    own |= {} if model.budget is None else {BUDGET: model.budget}
-    return str(Variant(name_of(model.method), own))
+    own |= {} if budget is None else {BUDGET: budget}
+    return str(Variant(method, own))

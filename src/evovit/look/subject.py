@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -57,6 +57,7 @@ def subject_of(
     preprocessing: Mapping[str, Any] | None = None,
     name: str = "",
     notes: Sequence[str] = (),
+    verify: bool = True,
 ) -> Subject:
     """Return a model with reduced ones beside it, all with its weights.
 
@@ -64,6 +65,7 @@ def subject_of(
         model: a host, or a reduced model, which is shown as it is unless there are variants.
         variants: methods; none: the model's own, else evo_vit.
         preprocessing: how it takes images, with class_names; default: as it says itself.
+        verify: prove the host's adapter, which takes some forwards; False: it has been proven.
     """
     host: nn.Module = model.model if isinstance(model, ReducedViT) else model
     told, is_own = list(notes), isinstance(model, ReducedViT) and not variants
@@ -77,8 +79,7 @@ def subject_of(
         told.append("Dense is here the reduced model's weights with nothing reduced.")
     else:
         reduced = []
-        for variant in variants or (Variant("evo_vit"),):
-            own = build_models(host, [variant], train=False)[1]
+        for own in build_models(host, variants or (Variant("evo_vit"),), False, verify)[1:]:
             assert isinstance(own, ReducedViT)
             reduced.append(own)
             if any(True for _ in own.method.parameters()):
@@ -96,14 +97,29 @@ def subject_of(
     )
 
 
+class Opened(NamedTuple):
+    """A model by its name."""
+
+    model: nn.Module  # a host or a reduced model
+    preprocessing: Mapping[str, Any] | None  # with class_names; None: as the model says itself
+    name: str  # with its weights
+    notes: tuple[str, ...]  # what makes doubtful what is seen of it
+
+
+def open_named(model: str, weights: str = "", pretrained: bool = False) -> Opened:
+    """Return a model by what names it, as `open_model` reads it."""
+    opened, preprocessing, warned = open_model(model, weights, pretrained)
+    which = "published weights" if pretrained else shown(weights) if weights else "random weights"
+    name = f"{model}, {which}" if warned or weights or pretrained else model
+    return Opened(opened, preprocessing, name, (RANDOM,) if warned else ())
+
+
 def open_subject(
     model: str, variants: Sequence[Variant] = (), weights: str = "", pretrained: bool = False
 ) -> Subject:
     """Return a model by what names it, as `open_model` reads it, with reduced ones beside it."""
-    opened, preprocessing, warned = open_model(model, weights, pretrained)
-    which = "published weights" if pretrained else shown(weights) if weights else "random weights"
-    name = f"{model}, {which}" if warned or weights or pretrained else model
-    return subject_of(opened, variants, preprocessing, name, [RANDOM] if warned else [])
+    opened = open_named(model, weights, pretrained)
+    return subject_of(opened.model, variants, opened.preprocessing, opened.name, opened.notes)
 
 
 def default_subject(

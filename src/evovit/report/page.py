@@ -1,4 +1,4 @@
-"""One HTML page of typed parts; it runs no script and fetches nothing. `page.html` is its template."""
+"""One HTML page of typed parts; it runs no script and fetches nothing. Its templates lie beside this file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, NamedTuple
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup
 from PIL import Image
 
 from evovit.report.tables import Table
@@ -52,12 +53,17 @@ class Picture(NamedTuple):
 
     data: bytes
     what: str
+    narrow: bytes = b""  # the same for narrow pages, if it is drawn otherwise there
 
     @property
     def source(self) -> str:
         """The bytes as an address that needs no file."""
-        kind = "png" if self.data[:4] == b"\x89PNG" else "gif" if self.data[:3] == b"GIF" else "jpeg"
-        return f"data:image/{kind};base64,{b64encode(self.data).decode('ascii')}"
+        return address(self.data)
+
+    @property
+    def narrow_source(self) -> str:
+        """The same of `narrow`."""
+        return address(self.narrow)
 
     @property
     def width(self) -> int:
@@ -97,6 +103,20 @@ class Bars(NamedTuple):
     groups: Sequence[tuple[str, Sequence[Bar]]]
 
 
+class Number(NamedTuple):
+    """One number that is meant to be seen."""
+
+    name: str
+    value: str
+    detail: str = ""
+
+
+class Numbers(NamedTuple):
+    """Numbers side by side."""
+
+    numbers: Sequence[Number]
+
+
 class Command(NamedTuple):
     """A line for a terminal, and what it does."""
 
@@ -115,7 +135,7 @@ class Beside(NamedTuple):
         return kinds(self.parts)
 
 
-Part = Heading | Subheading | Paragraph | Note | Quiet | Picture | Tiles | Bars | Command | Beside | Table
+Part = Heading | Subheading | Paragraph | Note | Quiet | Picture | Tiles | Bars | Numbers | Command | Beside | Table
 
 
 def kinds(parts: Sequence[Part]) -> list[tuple[str, Part]]:
@@ -130,18 +150,49 @@ def jpeg(picture: Image.Image, what: str) -> Picture:
     return Picture(buffer.getvalue(), what)
 
 
-def drawn(figure: Figure, what: str) -> Picture:
-    """Return a figure as a picture."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return Picture(buffer.getvalue(), what)
+def drawn(figure: Figure, what: str, narrow: Figure | None = None) -> Picture:
+    """Return a figure as a picture.
+
+    Args:
+        narrow: the same for narrow pages.
+    """
+    found = list[bytes]()
+    for each in (figure, narrow):
+        buffer = io.BytesIO()
+        if each is not None:
+            each.savefig(buffer, format="png", dpi=110)
+        found.append(buffer.getvalue())
+    return Picture(found[0], what, found[1])
+
+
+def address(data: bytes) -> str:
+    """Return an image file's bytes as an address that needs no file."""
+    kind = "png" if data[:4] == b"\x89PNG" else "gif" if data[:3] == b"GIF" else "jpeg"
+    return f"data:image/{kind};base64,{b64encode(data).decode('ascii')}"
 
 
 def page(title: str, parts: Sequence[Part]) -> str:
     """Return one HTML document; all text in it is escaped."""
-    text = files("evovit.report").joinpath("page.html").read_text(encoding="utf-8")
+    content = Markup(fragment(parts))
+    return _template("page.html").render(title=title, style=Markup(style()), content=content)
+
+
+def fragment(parts: Sequence[Part]) -> str:
+    """Return parts as HTML for a page of another make: an element of the class `parts`, styled by `style`."""
+    return _template("parts.html").render(parts=kinds(parts))
+
+
+def style() -> str:
+    """Return the style sheet of parts, light and dark as `color-scheme` says."""
+    return _read("style.css")
+
+
+def _template(name: str) -> Template:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.from_string(text)
-    return template.render(title=title, parts=kinds(parts))
+    return environment.from_string(_read(name))
+
+
+def _read(name: str) -> str:
+    return files("evovit.report").joinpath(name).read_text(encoding="utf-8")

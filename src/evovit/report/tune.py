@@ -40,11 +40,15 @@ def candidates_table(found: Tuned, most: int = 30, predicted: bool = True) -> Ta
     return table([*columns, "plan"], rows, bold)
 
 
-def draw_pareto(found: Tuned) -> Figure:
-    """Draw damage against speed-up, measured in turn with dense: schedules filled, own knobs hollow."""
+def draw_pareto(found: Tuned, size: tuple[float, float] = (9, 4.5)) -> Figure:
+    """Draw damage against speed-up, measured in turn with dense: schedules filled, own knobs hollow.
+
+    Args:
+        size: (width, height) in inches; of a narrow figure the legend stands below.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     methods = sorted({one.plan.method for one in found.candidates})
     for number, method in enumerate(methods):
@@ -73,7 +77,7 @@ def draw_pareto(found: Tuned) -> Figure:
     if min((one.damage for one in found.candidates), default=0) > 0:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
-    outside_legend(figure, axes)
+    outside_legend(figure, axes, **({} if size[0] > 6 else {"loc": "outside lower center"}))
     return figure
 
 
@@ -87,16 +91,19 @@ def latency_table(found: Tuned) -> Table:
     return table(("rows", *(f"{part}, ms" for part in latency.ms)), rows)
 
 
+def answer_of(found: Tuned, top1: Sequence[str] = ()) -> list[Part]:
+    """Return the answer in words, with what makes it doubtful."""
+    conditions = found.conditions
+    wished = f"Wished {found.target:.2f}x. {conditions['clock']}; {conditions['images']} images."
+    doubt = [Note(RANDOM)] if conditions["random_images"] else []
+    return [Paragraph(found.sentence), *map(Paragraph, top1), *doubt, Quiet(wished)]
+
+
 def parts_of(found: Tuned, top1: Sequence[str] = ()) -> list[Part]:
     """Return the page's parts."""
     latency = found.latency
-    parts: list[Part] = [Paragraph(found.sentence), *(Paragraph(line) for line in top1)]
-    if found.conditions["random_images"]:
-        parts.append(Note(RANDOM))
-    parts += [
-        Quiet(
-            f"Wished {found.target:.2f}x. {found.conditions['clock']}; {found.conditions['images']} images."
-        ),
+    parts = [
+        *answer_of(found, top1),
         Heading("Damage against speed-up"),
         drawn(draw_pareto(found), "damage against measured speed-up of all plans"),
         candidates_table(found),

@@ -1,0 +1,1 @@
+"""The web page of `evovit app`: a photograph, dense and reduced, with sliders."""

@@ -1,0 +1,65 @@
+"""What a visitor looks at: a photograph of theirs, or one that is at hand everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from evovit.data.digits import MEAN, STD, digit_scenes
+from evovit.data.images import TEST_SEED
+from evovit.data.photographs import SAMPLES, Photograph, open_each, open_picture, prepared, sample
+from evovit.errors import printable, shown
+
+SCENES, THUMBNAIL = 4, 96  # digit scenes offered; pixels of the longer side
+
+
+class Picked(NamedTuple):
+    """A photograph that is chosen, before a model says how it takes it."""
+
+    title: str
+    picture: Image.Image | None  # upright, RGB; None: a digit scene, which is drawn for each model
+    number: int = 0  # of the digit scene
+
+    def photograph(self, preprocessing: Mapping[str, Any]) -> Photograph:
+        """Return it as a model takes it."""
+        if self.picture is not None:
+            return prepared(self.picture, preprocessing, self.title)
+        *_, scene = open_each(["digits"], preprocessing, self.number + 1)
+        return scene
+
+
+def uploaded(path: str | Path, name: str) -> Picked:
+    """Return a photograph from a file.
+
+    Args:
+        name: that it had where it came from.
+
+    Raises:
+        EvoViTError: no image that can be read, or a huge one.
+    """
+    return Picked(printable(name), open_picture(path, shown(name)))
+
+
+def samples() -> list[Picked]:
+    """Return the photographs that come with scikit-learn, and some digit scenes."""
+    titles = [f"digit {label}" for label in _scenes().labels.tolist()]
+    photographs = [Picked(title, sample(title)) for title in SAMPLES]
+    return photographs + [Picked(title, None, number) for number, title in enumerate(titles)]
+
+
+def thumbnail(picked: Picked) -> Image.Image:
+    """Return a small picture of what is picked."""
+    if picked.picture is not None:
+        small = picked.picture.copy()
+        small.thumbnail((THUMBNAIL * 2, THUMBNAIL * 2))
+        return small
+    scene = _scenes().images[picked.number] * STD + MEAN
+    colours = (scene.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    return Image.fromarray(colours.numpy())
+
+
+def _scenes() -> Any:
+    return digit_scenes("test", SCENES, size=THUMBNAIL, seed=TEST_SEED)
