@@ -1,7 +1,7 @@
-"""The page of `evovit app` in a real browser: upload, sliders, wrong files, two visitors, phone and dark mode.
+"""The page of `evovit app` in a real browser: upload, sliders, wrong files, two visitors, phone, dark mode.
 
-Needs gradio, playwright and a Chromium (apt-get install chromium). Where one is missing the tests are skipped and
-say so; in CI they fail.
+Needs gradio, playwright and a Chromium (apt-get install chromium). Where one is missing the tests are skipped
+and say so; in CI they fail.
 """
 
 from __future__ import annotations
@@ -72,9 +72,12 @@ def address(place: Path) -> Iterator[str]:
     command = [sys.executable, "-u", "-m", "evovit", "app", "saved/mine", "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     log = place / "log"
-    with log.open("w") as output, subprocess.Popen(
-        command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=output, text=True
-    ) as process:
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=output, text=True
+        ) as process,
+    ):
         assert process.stdout is not None
         line = process.stdout.readline()
         try:
@@ -161,7 +164,7 @@ def visit(browser: Any, address: str) -> Iterator[Any]:
 def test_the_page_shows_china_at_once_and_times_it(visit: Any) -> None:
     visitor = visit()
     assert visitor.page.title() == "evovit" and visitor.picture().startswith("china, what it keeps, block 6")
-    assert "Dense is here the same weights" in visitor.text("#notes")
+    assert "Dense is here the reduced model" in visitor.text("#notes")
     text = visitor.until("#cost", "rounds in turn")
     assert "other visitors and other programs on this machine disturb it" in text and "speed-up" in text
 
@@ -230,7 +233,9 @@ def test_two_visitors_at_once_do_not_see_each_other(visit: Any, place: Path) -> 
         visitor.until("#cost", "rounds in turn")
     one.press("#block", "Home")
     one.until("#picture", "block 0 of")
-    assert one.picture().startswith("flower") and other.picture().startswith(f"{NASTY}, what it keeps, block 6")
+    assert one.picture().startswith("flower") and other.picture().startswith(
+        f"{NASTY}, what it keeps, block 6"
+    )
     third = visit()
     assert third.picture().startswith("china")
 
@@ -273,7 +278,11 @@ def test_a_search_is_shown(visit: Any) -> None:
 def test_nothing_is_cut_off(visit: Any, viewport: dict[str, int], scheme: str, tmp_path: Path) -> None:
     visitor = visit(viewport=viewport, color_scheme=scheme)
     visitor.until("#cost", "rounds in turn")
-    for tab, ready in (("Look", "#cost"), ("Compare methods", "#compare-cost"), ("Tuned schedules", "#found")):
+    for tab, ready in (
+        ("Look", "#cost"),
+        ("Compare methods", "#compare-cost"),
+        ("Tuned schedules", "#found"),
+    ):
         visitor.page.get_by_role("tab", name=tab).click()
         visitor.until(ready, "rounds in turn|Wished")
         wide = visitor.page.evaluate("document.documentElement.scrollWidth")
@@ -289,8 +298,9 @@ def test_nothing_is_cut_off(visit: Any, viewport: dict[str, int], scheme: str, t
 CUT_OFF = """() => [...document.querySelectorAll('.parts *')].filter(element => {
     const box = element.getBoundingClientRect();
     if (!box.width || element.closest('.scroll')) return false;
-    const hidden = getComputedStyle(element).overflow === 'hidden' && element.scrollWidth > element.clientWidth + 1;
-    return box.left < -1 || box.right > innerWidth + 1 || hidden;
+    const hides = getComputedStyle(element).overflow === 'hidden';
+    const cut = hides && element.scrollWidth > element.clientWidth + 1;
+    return box.left < -1 || box.right > innerWidth + 1 || cut;
 }).map(element => element.outerHTML.slice(0, 80))"""
 
 

@@ -40,7 +40,7 @@ def look_around(place: Path, model: str = "") -> Known:
 
 def _below(place: Path, name: str) -> list[str]:
     """Return the folders that hold a file of this name, sorted."""
-    found = {path for path in place.glob(f"*/{name}")}
+    found = set(place.glob(f"*/{name}"))
     for folder in BELOW:
         for depth in range(2, DEPTH + 1):
             found |= {*(place / folder).glob("/".join(["*"] * (depth - 1) + [name]))}

@@ -31,11 +31,12 @@ ALONE = ("PyTorch", "")  # the engine where no exported file runs beside
 COMPARED = ("evo_vit", "evit", "tome")  # at the start
 PREVIEW = 800  # pixels of the longer side of the photograph in its field
 NO_SEARCH = (
-    "No folder of evovit tune lies here. It finds the schedule that makes a model as fast as you wish: evovit "
-    "tune MODEL --target 1.5x --images photos. Then choose its folder."
+    "No folder of evovit tune lies here. It finds the schedule that makes a model as fast as you wish: "
+    "evovit tune MODEL --target 1.5x --images photos. Then choose its folder."
 )
-COMPUTES: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "compute", "api_visibility": "private"}
-AT_ONCE: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+COMPUTES = PRIVATE | {"concurrency_limit": 1, "concurrency_id": "compute"}
+AT_ONCE = PRIVATE | {"concurrency_limit": None, "show_progress": "hidden"}
 
 
 class Page:
@@ -142,7 +143,9 @@ class Page:
                     elem_id="export",
                     **self.free,
                 )
-                self.engine = gr.Dropdown([ALONE], value=ALONE[1], label="Engine", info="what runs", elem_id="engine")
+                self.engine = gr.Dropdown(
+                    [ALONE], value=ALONE[1], label="Engine", info="what runs", elem_id="engine"
+                )
             self.export_note = _html("export-note")
 
     def _compare_tab(self) -> None:
@@ -196,7 +199,10 @@ class Page:
             self._refresh(trigger, trigger_mode="always_last")
         for name, tab in tabs.items():
             event = tab.select(
-                lambda name=name: (name, gr.Column(visible=name != TUNED)), None, [self.tab, self.choice], **AT_ONCE
+                lambda name=name: (name, gr.Column(visible=name != TUNED)),
+                None,
+                [self.tab, self.choice],
+                **AT_ONCE,
             )
             self._refresh(event.then)
         for draw, seen, block, view, picture in (
@@ -213,7 +219,17 @@ class Page:
         shared = [self.tab, self.picked, self.model, self.weights]
         looked = trigger(
             self.look,
-            [*shared, self.seen, self.method, self.options, self.ratio, self.export, self.engine, self.block, self.view],
+            [
+                *shared,
+                self.seen,
+                self.method,
+                self.options,
+                self.ratio,
+                self.export,
+                self.engine,
+                self.block,
+                self.view,
+            ],
             [self.seen, self.picture, self.cost, self.answers, self.notes],
             **COMPUTES,
             **more,
@@ -243,7 +259,12 @@ class Page:
         block = min(held.depth - 1, round(0.7 * held.depth))
         slider = gr.Slider(maximum=held.depth - 1, value=block)
         several = [each for each in methods if each.partition(":")[0] in able] or able[:2]
-        return gr.Dropdown(choices=able, value=first), slider, slider, gr.Dropdown(choices=able, value=several)
+        return (
+            gr.Dropdown(choices=able, value=first),
+            slider,
+            slider,
+            gr.Dropdown(choices=able, value=several),
+        )
 
     def take(self, file: Any, before: Picked) -> Any:
         """Return an uploaded photograph, or why it is none."""
@@ -300,7 +321,12 @@ class Page:
             seen = self.workbench.look(wish, picked)
         except (EvoViTError, OSError, MemoryError, RuntimeError) as error:
             return None, "", "", _drawn(refusal(error)), ""
-        parts = (picture_parts(seen, int(block), view), cost_parts(seen), answer_parts(seen), note_parts(seen))
+        parts = (
+            picture_parts(seen, int(block), view),
+            cost_parts(seen),
+            answer_parts(seen),
+            note_parts(seen),
+        )
         return seen, *map(_drawn, parts)
 
     def look_at_several(
@@ -323,7 +349,12 @@ class Page:
             seen = self.workbench.look(wish, picked)
         except (EvoViTError, OSError, MemoryError, RuntimeError) as error:
             return None, _drawn(refusal(error)), "", "", ""
-        parts = (comparison_parts(seen, int(block), view), cost_parts(seen), answer_parts(seen), note_parts(seen))
+        parts = (
+            comparison_parts(seen, int(block), view),
+            cost_parts(seen),
+            answer_parts(seen),
+            note_parts(seen),
+        )
         return seen, *map(_drawn, parts)
 
     def time(self, tab: str, seen: Seen | None, compared: Seen | None) -> Any:

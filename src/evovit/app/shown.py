@@ -1,4 +1,4 @@
-"""What a visitor sees, as parts of a page: the picture of a block, the answers, the cost; a search for a schedule."""
+"""What a visitor sees, as parts of a page: the picture of a block, answers, cost; a search for a schedule."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def picture_parts(seen: Seen, number: int, view: str) -> list[Part]:
         detail = f"{whole.width} x {whole.height} pixels"
         if look.photograph.box is not None:
             detail += "; the model sees what is inside the frame"
-        return [Tiles([Tile(jpeg(framed(look), "the photograph"), look.photograph.title, detail)], large=True)]
+        return [
+            Tiles([Tile(jpeg(framed(look), "the photograph"), look.photograph.title, detail)], large=True)
+        ]
     return [Tiles([block_tile(look, number, view)], large=True), Quiet(legend(look, number, view))]
 
 
@@ -59,7 +61,9 @@ def legend(look: Look, number: int, view: str) -> str:
     block = look.blocks[min(number, len(look.blocks) - 1)]
     if view != RANKED:
         return LEGENDS[kind_of(look)] if block.has_places else "Its tokens are mixtures of all patches here."
-    what = "What attention reads; the method ranks nothing here" if block.score is None else "What it ranks by"
+    what = (
+        "What attention reads; the method ranks nothing here" if block.score is None else "What it ranks by"
+    )
     return f"{what}, from the least (dark) to the most (bright); a pale patch has no token."
 
 

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 
 from evovit.app.picked import Picked
 from evovit.backbones import adapt, check_adapter
-from evovit.backbones.base import evaluating
+from evovit.backbones.base import BackboneSpec, evaluating
 from evovit.bench.setting import BUDGET, Variant
 from evovit.bench.timing import Outside
 from evovit.engines.base import Run
 from evovit.engines.opening import Exported, read_exports
-from evovit.errors import EvoViTError, check_ratio, shown
-from evovit.look import Cost, Look, Opened, Subject, costs, in_words, open_named, subject_of
-from evovit.look.one import answer_of
-from evovit.methods import DENSE, build_config, find_method, refusals
+from evovit.errors import EvoViTError, check_ratio, listed, shown
+from evovit.look import Cost, Look, Opened, Subject, answer_of, costs, in_words, open_named, subject_of
+from evovit.methods import DENSE, build_config, find_method, list_methods
 from evovit.model import ReducedViT
 from evovit.options import read_named
 from evovit.runtime.files import as_path
 from evovit.runtime.seeds import seeded
+from evovit.tuning.plans import fitted
 
 OWN = "its_own"  # stands for the method of a model that is reduced already
 KEPT = 3  # models, and files of exports, that stay open
@@ -125,8 +125,9 @@ class Workbench:
         if not reduced:
             check_adapter(host)
         spec = adapt(host).spec
-        able = [name for name, why in refusals(spec).items() if not why and name != DENSE]
-        sliding = {name for name in able if _has_ratio(name, spec)}
+        slides = {name: _slides(name, spec) for name in list_methods() if name != DENSE}
+        able = [name for name, answer in slides.items() if answer is not None]
+        sliding = {name for name in able if slides[name]}
         if isinstance(whole, ReducedViT) and whole.budgets:
             sliding.add(OWN)
         methods = ([OWN] if reduced else []) + able
@@ -197,7 +198,7 @@ class Workbench:
         exports = read_exports(wish.exported)
         if wish.target not in exports:
             raise EvoViTError(
-                f"{shown(wish.exported)} holds no file for {shown(wish.target)}; there is {', '.join(exports)}."
+                f"{shown(wish.exported)} holds no file for {shown(wish.target)}; there is {listed(exports)}."
             )
         exported = exports[wish.target]
         if exported.batch not in (None, 1):
@@ -215,19 +216,20 @@ class Workbench:
     def _look_outside(self, wish: Wish, subject: Subject, beside: Look) -> Look:
         """Return what an exported file answers, as a look without blocks."""
         exported, run = self._file(wish)
-        whole, own = vars(exported.preprocessing), subject.preprocessing
-        differs = [key for key in whole if key != "class_names" and _plain(whole[key]) != _plain(own[key])]
-        vector: Tensor = run(beside.photograph.image[None].float())[0]
-        if differs or vector.shape[1] != len(beside.dense.vector):
+        theirs, ours = vars(exported.preprocessing), subject.preprocessing
+        same = all(_plain(theirs[key]) == _plain(ours[key]) for key in theirs if key != "class_names")
+        vector = run(beside.photograph.image[None].float())[0] if same else torch.empty(0, 0)
+        if vector.shape[1] != len(beside.dense.vector):
             raise EvoViTError(
                 f"{shown(exported.path)} was exported from another model: it takes other images or has other "
                 "classes. Choose the model that it was exported from."
             )
         classes = vector.shape[1] if beside.dense.top else 0
+        words = in_words(exported.method, exported.config)
         return replace(
             beside,
-            method=f"{in_words(exported.method, exported.config)}, {exported.engine.name} {exported.precision}",
-            reduced=answer_of(vector, classes, own["class_names"]),
+            method=f"{words}, {exported.engine.name} {exported.precision}",
+            reduced=answer_of(vector, classes, ours["class_names"]),
             blocks=(),
             cost=Cost(dense_gmacs=beside.cost.dense_gmacs, gmacs=exported.gmacs),
         )
@@ -248,7 +250,7 @@ def variants_of(held: Held, wish: Wish) -> list[Variant | None]:
                 raise EvoViTError("This model has no method of its own; choose one.")
             found.append(None)
             continue
-        find_method(name)
+        options = fitted(find_method(name), options, held.depth)
         if name in held.sliding and not any(key in options for key in COUNTS):
             options |= {BUDGET: wish.keep_ratio}
         variant = Variant(name, options)
@@ -282,11 +284,15 @@ def rounds_within(seconds: float, models: Mapping[str, nn.Module], images: Tenso
     return max(LEAST, min(MOST, int(seconds / spent)))
 
 
-def _has_ratio(name: str, spec: Any) -> bool:
-    """Tell whether a method as it is by default has a keep ratio that one number sets."""
+def _slides(name: str, spec: BackboneSpec) -> bool | None:
+    """Tell whether a method has a keep ratio that one number sets; None: it does not run on this host."""
     cls = find_method(name)
     try:
-        cls(build_config(cls, {}), spec).config_at(0.5)
+        method = cls(build_config(cls, fitted(cls, {}, spec.depth)), spec)
+    except EvoViTError:
+        return None
+    try:
+        method.config_at(0.5)
     except EvoViTError:
         return False
     return True

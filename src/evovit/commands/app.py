@@ -16,9 +16,9 @@ def app(
     open_browser: bool = False,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
-    """Open a web page on this machine: drop a photograph, choose model, method and keep ratio, see and time it.
+    """Open a web page on this machine: drop a photograph, choose model, method and keep ratio, see and time.
 
-    Nothing is uploaded anywhere: the page is served to this machine alone, and fetches nothing from elsewhere.
+    Nothing is uploaded anywhere: the page is for this machine alone, and fetches nothing from elsewhere.
 
     $ evovit app
     $ evovit app deit_small_patch16_224 --pretrained
@@ -26,8 +26,8 @@ def app(
 
     Args:
         model: shown at the start: a timm name, hf: and a name of transformers, the folder of a run of evovit
-            train, or one written by save_reduced. Default: the run of evovit quickstart, if there is one, else
-            a timm model with random weights.
+            train, or one written by save_reduced. Default: the run of evovit quickstart, if there is one,
+            else a timm model with random weights.
         pretrained: of a timm name: the published weights, which are downloaded.
         host: address to listen on; 0.0.0.0 lets other machines in.
         port: default: the first free one from 7860.
@@ -51,7 +51,9 @@ def app(
     known = look_around(Path(), model)
     alone = is_loopback(host)
     with join_world(device) as world:
-        workbench = Workbench(world.device, None if alone else [*known.models, *known.exports, *known.searches])
+        workbench = Workbench(
+            world.device, None if alone else [*known.models, *known.exports, *known.searches]
+        )
         workbench.open(known.models[0], pretrained)  # a wrong one is refused here
         if not alone:
             print(
@@ -59,7 +61,9 @@ def app(
                 "it computes for all of them. It opens only the models and folders in its lists."
             )
         with served(workbench, known, host, port, pretrained, open_browser) as address:
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was uploaded is removed then, too
+            signal.signal(
+                signal.SIGTERM, signal.default_int_handler
+            )  # what was uploaded is removed then, too
             print(f"{address} shows it; Ctrl+C ends it", flush=True)
             with suppress(KeyboardInterrupt):
                 Event().wait()

@@ -45,10 +45,18 @@ def _refusals(host: str) -> dict[str, str]:
     import torch
 
     from evovit.backbones import read_host
+    from evovit.errors import EvoViTError
     from evovit.hosts import create_host
-    from evovit.methods import refusals
+    from evovit.methods import build_config, find_method, list_methods
 
     with torch.device("meta"):
         backbone = read_host(create_host(host, what="--host"))
     backbone.check_structure()
-    return refusals(backbone.spec)
+    found = {}
+    for name in list_methods():
+        cls, found[name] = find_method(name), ""
+        try:
+            cls(build_config(cls, {}), backbone.spec)
+        except EvoViTError as error:
+            found[name] = str(error)
+    return found

@@ -184,7 +184,7 @@ def outputs_of(given: Any) -> list[Tensor]:
 @contextmanager
 def quietly() -> Iterator[None]:
     """Keep what exporters and quantisers log about themselves off the console."""
-    names = ("torch.onnx", "torch.utils.cpp_extension", "onnxscript", "onnx_ir", "nncf", "")
+    names = ("torch.onnx", "torch.export", "torch.utils.cpp_extension", "onnxscript", "onnx_ir", "nncf", "")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

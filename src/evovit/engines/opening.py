@@ -40,7 +40,7 @@ class Exported:
             raise
         except Exception as error:  # engines raise what they like for damaged files
             raise EvoViTError(
-                f"{self.engine.name} cannot read {shown(self.path)} ({type(error).__name__}); export it again."
+                f"{self.engine.name} cannot read {shown(self.path)} ({type(error).__name__}); export again."
             ) from error
 
 
@@ -64,7 +64,9 @@ def _exported(target: str, entry: Any, place: Path, prepared: Preprocessing) -> 
     kinds: Mapping[str, Any] = {"precision": str, "method": str, "options": dict, "gmacs": int | float}
     whole = isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
     if target not in TARGETS or not whole or entry["precision"] not in PRECISIONS:
-        raise EvoViTError(f"{shown(place / RECORD)} is damaged or not written by evovit: see {shown(target)}.")
+        raise EvoViTError(
+            f"{shown(place / RECORD)} is damaged or not written by evovit: see {shown(target)}."
+        )
     batch = entry.get("batch")
     if batch != ANY and (not isinstance(batch, int) or batch < 1):
         raise EvoViTError(f"{shown(place / RECORD)} is damaged: {target} has a batch of {shown(batch)}.")

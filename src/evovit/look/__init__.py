@@ -6,6 +6,7 @@ from evovit.look.one import (
     Cost,
     Guess,
     Look,
+    answer_of,
     class_name,
     cost_of,
     costs,
@@ -14,9 +15,19 @@ from evovit.look.one import (
     in_words,
     look_at,
 )
-from evovit.look.subject import RANDOM, Opened, Subject, default_subject, open_named, open_subject, subject_of
+from evovit.look.subject import (
+    QUICKSTART,
+    RANDOM,
+    Opened,
+    Subject,
+    default_subject,
+    open_named,
+    open_subject,
+    subject_of,
+)
 
 __all__ = [
+    "QUICKSTART",
     "RANDOM",
     "Answer",
     "BlockLook",
@@ -25,6 +36,7 @@ __all__ = [
     "Look",
     "Opened",
     "Subject",
+    "answer_of",
     "class_name",
     "cost_of",
     "costs",

@@ -13,7 +13,6 @@ from importlib.metadata import entry_points
 from pkgutil import iter_modules
 from typing import Any
 
-from evovit.backbones.base import BackboneSpec
 from evovit.errors import EvoViTError, nearest, shown
 from evovit.methods.base import Method
 from evovit.options import build
@@ -66,18 +65,6 @@ def name_of(method: Method) -> str:
 def build_config(cls: type[Method], options: dict[str, Any]) -> Any:
     """Return the method's `Config`; raises `EvoViTError` for an unknown option or a wrong value."""
     return build(cls.Config, cls.Config.renamed(options), cls.__name__)
-
-
-def refusals(spec: BackboneSpec) -> dict[str, str]:
-    """Return why each method does not run on a host as it is by default, empty where it does."""
-    found = {}
-    for name in list_methods():
-        cls, found[name] = _METHODS[name], ""
-        try:
-            cls(build_config(cls, {}), spec)
-        except EvoViTError as error:
-            found[name] = str(error)
-    return found
 
 
 for _module in iter_modules(__path__):

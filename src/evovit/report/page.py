@@ -135,7 +135,20 @@ class Beside(NamedTuple):
         return kinds(self.parts)
 
 
-Part = Heading | Subheading | Paragraph | Note | Quiet | Picture | Tiles | Bars | Numbers | Command | Beside | Table
+Part = (
+    Heading
+    | Subheading
+    | Paragraph
+    | Note
+    | Quiet
+    | Picture
+    | Tiles
+    | Bars
+    | Numbers
+    | Command
+    | Beside
+    | Table
+)
 
 
 def kinds(parts: Sequence[Part]) -> list[tuple[str, Part]]:

@@ -61,7 +61,9 @@ def read_tuned(folder: str | Path) -> Tuned:
         record = _Record.model_validate(read_json(path, "evovit"))
         record.candidates = [one._replace(plan=_as_it_was(one.plan)) for one in record.candidates]
         best = None if record.best is None else record.candidates[record.best]
-        if not record.candidates or not {"clock", "images", "random_images", "measure"} <= {*record.conditions}:
+        if not record.candidates or not {"clock", "images", "random_images", "measure"} <= {
+            *record.conditions
+        }:
             raise ValueError("candidates or conditions are missing")
     except (ValidationError, ValueError, IndexError) as error:
         what = error.errors()[0]["loc"] if isinstance(error, ValidationError) else error
