@@ -1,39 +1,19 @@
-"""The page itself: what stands where, and what happens when something is chosen. Needs gradio."""
+"""The page itself: what stands where, and what asks for what. Needs gradio."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
 
+from evovit.app.desk import ALONE, COMPARE, LOOK, TUNED, Desk, drawn
 from evovit.app.known import Known
-from evovit.app.picked import Picked, samples, thumbnail, uploaded
-from evovit.app.shown import (
-    KEPT,
-    VIEWS,
-    answer_parts,
-    comparison_parts,
-    cost_parts,
-    note_parts,
-    picture_parts,
-    refusal,
-    tuned_parts,
-)
-from evovit.app.workbench import OWN, Seen, Wish, Workbench
-from evovit.engines.opening import read_exports
-from evovit.errors import EvoViTError
-from evovit.report.page import Note, Part, Quiet, fragment
-from evovit.tuning.record import read_tuned
+from evovit.app.picked import thumbnail
+from evovit.app.shown import KEPT, VIEWS
+from evovit.app.workbench import Workbench
+from evovit.report.page import Quiet
 
-LOOK, COMPARE, TUNED = "Look", "Compare methods", "Tuned schedules"  # the tabs
-ALONE = ("PyTorch", "")  # the engine where no exported file runs beside
 COMPARED = ("evo_vit", "evit", "tome")  # at the start
-PREVIEW = 800  # pixels of the longer side of the photograph in its field
-NO_SEARCH = (
-    "No folder of evovit tune lies here. It finds the schedule that makes a model as fast as you wish: "
-    "evovit tune MODEL --target 1.5x --images photos. Then choose its folder."
-)
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 COMPUTES = PRIVATE | {"concurrency_limit": 1, "concurrency_id": "compute"}
 AT_ONCE = PRIVATE | {"concurrency_limit": None, "show_progress": "hidden"}
@@ -49,8 +29,7 @@ class Page:
     """
 
     def __init__(self, workbench: Workbench, known: Known, published: bool = False) -> None:
-        self.workbench, self.known, self.published = workbench, known, published
-        self.samples = samples()
+        self.desk, self.known, self.published = Desk(workbench), known, published
         self.free = {"allow_custom_value": workbench.only is None}
 
     # what stands where
@@ -58,7 +37,7 @@ class Page:
     def build(self) -> gr.Blocks:
         """Return the page, to be launched."""
         with gr.Blocks(title="evovit", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
-            self.picked, self.tab = gr.State(self.samples[0]), gr.State(LOOK)
+            self.picked, self.tab = gr.State(self.desk.samples[0]), gr.State(LOOK)
             self.seen, self.compared = gr.State(None), gr.State(None)
             _html(
                 "head",
@@ -80,7 +59,7 @@ class Page:
 
     def _choice(self) -> None:
         self.photograph = gr.Image(
-            self.samples[0].picture,
+            self.desk.samples[0].picture,
             type="filepath",
             image_mode=None,
             sources=["upload", "clipboard"],
@@ -89,11 +68,11 @@ class Page:
             buttons=[],
             elem_id="photograph",
         )
-        self.photograph_note = _html("photograph-note")
+        self.photograph_note = _html("photograph-note", drawn([Quiet(self.desk.samples[0].title)]))
         self.gallery = gr.Gallery(
-            [(thumbnail(each), each.title) for each in self.samples],
+            [(thumbnail(each), each.title) for each in self.desk.samples],
             show_label=False,
-            columns=len(self.samples),
+            columns=len(self.desk.samples),
             object_fit="cover",
             allow_preview=False,
             interactive=False,
@@ -126,6 +105,7 @@ class Page:
                 self.view = _views("view")
             with gr.Column(scale=4, min_width=300):
                 self.cost, self.answers = _html("cost"), _html("answers")
+                self.conditions = _html("conditions")
         with gr.Accordion("Options of the method, exported engines", open=False, elem_id="more"):
             self.options = gr.Textbox(
                 "",
@@ -165,7 +145,8 @@ class Page:
             self.compare_block = _slider("Block", "compare-block", 11)
             with gr.Column(min_width=300):
                 self.compare_view = _views("compare-view")
-        self.compare_cost, self.compare_answers = _html("compare-cost"), _html("compare-answers")
+        self.compare_cost = _html("compare-cost")
+        self.compare_answers, self.compare_conditions = _html("compare-answers"), _html("compare-conditions")
 
     def _tuned_tab(self) -> None:
         self.search = gr.Dropdown(
@@ -182,16 +163,16 @@ class Page:
 
     def _wire(self, blocks: gr.Blocks, tabs: dict[str, Any]) -> None:
         offered = [self.method, self.block, self.compare_block, self.methods]
-        opening = (self.offer, [self.model, self.weights, self.method, self.methods], offered)
+        opening = (self.desk.offer, [self.model, self.weights, self.method, self.methods], offered)
         for trigger in (blocks.load, self.model.input, self.weights.input):
             self._refresh(trigger(*opening, **COMPUTES).then)
         photograph = [self.picked, self.photograph, self.photograph_note]
         taken = self.photograph.upload(
-            self.take, [self.photograph, self.picked], photograph, preprocess=False, **AT_ONCE
+            self.desk.take, [self.photograph, self.picked], photograph, preprocess=False, **AT_ONCE
         )
-        for event in (taken, self.gallery.select(self.pick, None, photograph, **AT_ONCE)):
+        for event in (taken, self.gallery.select(self.desk.pick, None, photograph, **AT_ONCE)):
             self._refresh(event.then)
-        engines = (self.list_engines, self.export, [self.engine, self.export_note])
+        engines = (self.desk.list_engines, self.export, [self.engine, self.export_note])
         self._refresh(self.export.input(*engines, **AT_ONCE).then)
         for trigger in (self.method.input, self.engine.input, self.options.submit, self.methods.input):
             self._refresh(trigger)
@@ -206,19 +187,19 @@ class Page:
             )
             self._refresh(event.then)
         for draw, seen, block, view, picture in (
-            (self.draw, self.seen, self.block, self.view, self.picture),
-            (self.draw_several, self.compared, self.compare_block, self.compare_view, self.tiles),
+            (self.desk.draw, self.seen, self.block, self.view, self.picture),
+            (self.desk.draw_several, self.compared, self.compare_block, self.compare_view, self.tiles),
         ):
             for trigger in (block.input, view.input):
                 trigger(draw, [seen, block, view], picture, trigger_mode="always_last", **AT_ONCE)
         for trigger in (blocks.load, self.search.input):
-            trigger(self.show_search, self.search, self.found, **AT_ONCE)
+            trigger(self.desk.show_search, self.search, self.found, **AT_ONCE)
 
     def _refresh(self, trigger: Any, **more: Any) -> None:
         """Let a trigger bring the tab that is open up to date: what is seen first, then its times."""
         shared = [self.tab, self.picked, self.model, self.weights]
         looked = trigger(
-            self.look,
+            self.desk.look,
             [
                 *shared,
                 self.seen,
@@ -230,181 +211,33 @@ class Page:
                 self.block,
                 self.view,
             ],
-            [self.seen, self.picture, self.cost, self.answers, self.notes],
+            [self.seen, self.picture, self.cost, self.answers, self.conditions, self.notes],
             **COMPUTES,
             **more,
         )
         compared = looked.then(
-            self.look_at_several,
+            self.desk.look_at_several,
             [*shared, self.compared, self.methods, self.compare_ratio, self.compare_block, self.compare_view],
-            [self.compared, self.tiles, self.compare_cost, self.compare_answers, self.notes],
+            [
+                self.compared,
+                self.tiles,
+                self.compare_cost,
+                self.compare_answers,
+                self.compare_conditions,
+                self.notes,
+            ],
             **COMPUTES,
         )
         compared.then(
-            self.time,
+            self.desk.time,
             [self.tab, self.seen, self.compared],
-            [self.seen, self.cost, self.compared, self.compare_cost],
+            [
+                *(self.seen, self.cost, self.conditions),
+                *(self.compared, self.compare_cost, self.compare_conditions),
+            ],
             show_progress="hidden",
             **COMPUTES,
         )
-
-    def offer(self, model: str, published: bool, method: str, methods: Sequence[str]) -> Any:
-        """Return what can be chosen for a model; one that cannot be opened is refused by `look`."""
-        try:
-            held = self.workbench.open(model or "", published)
-        except (EvoViTError, OSError, MemoryError, RuntimeError):
-            return [gr.skip()] * 4
-        able = list(held.methods)
-        first = OWN if OWN in able else method if method in able else able[0]
-        block = min(held.depth - 1, round(0.7 * held.depth))
-        slider = gr.Slider(maximum=held.depth - 1, value=block)
-        several = [each for each in methods if each.partition(":")[0] in able] or able[:2]
-        return (
-            gr.Dropdown(choices=able, value=first),
-            slider,
-            slider,
-            gr.Dropdown(choices=able, value=several),
-        )
-
-    def take(self, file: Any, before: Picked) -> Any:
-        """Return an uploaded photograph, or why it is none."""
-        try:
-            picked = uploaded(file["path"], file.get("orig_name") or "photograph")
-        except (EvoViTError, OSError, MemoryError) as error:
-            return before, _preview(before), _drawn(refusal(error))
-        return picked, _preview(picked), _drawn([Quiet(picked.title)])
-
-    def pick(self, event: gr.SelectData) -> Any:
-        """Return a sample."""
-        picked = self.samples[event.index]
-        return picked, _preview(picked), _drawn([Quiet(picked.title)])
-
-    def list_engines(self, folder: str | None) -> Any:
-        """Return the engines of a folder of an export, its first one chosen."""
-        try:
-            exports = {}
-            if folder:
-                self.workbench.expect_allowed(folder, "the folder of an export")
-                exports = read_exports(folder)
-        except (EvoViTError, OSError) as error:
-            return gr.Dropdown(choices=[ALONE], value=ALONE[1]), _drawn(refusal(error))
-        found = [(f"{each.engine.name}, {each.precision}", target) for target, each in exports.items()]
-        return gr.Dropdown(choices=[ALONE, *found], value=[ALONE, *found][min(1, len(found))][1]), ""
-
-    def look(
-        self,
-        tab: str,
-        picked: Picked,
-        model: str,
-        published: bool,
-        before: Seen | None,
-        method: str,
-        options: str,
-        ratio: float,
-        export: str,
-        target: str,
-        block: int,
-        view: str,
-    ) -> Any:
-        """Bring the first tab up to date, if it is open."""
-        wish = Wish(
-            model=model or "",
-            published=published,
-            methods=(f"{method}:{options}" if options.strip() else method,),
-            keep_ratio=ratio,
-            exported=export or "",
-            target=target or "",
-        )
-        if tab != LOOK or is_same(before, wish, picked):
-            return [gr.skip()] * 5
-        try:
-            seen = self.workbench.look(wish, picked)
-        except (EvoViTError, OSError, MemoryError, RuntimeError) as error:
-            return None, "", "", _drawn(refusal(error)), ""
-        parts = (
-            picture_parts(seen, int(block), view),
-            cost_parts(seen),
-            answer_parts(seen),
-            note_parts(seen),
-        )
-        return seen, *map(_drawn, parts)
-
-    def look_at_several(
-        self,
-        tab: str,
-        picked: Picked,
-        model: str,
-        published: bool,
-        before: Seen | None,
-        methods: Sequence[str],
-        ratio: float,
-        block: int,
-        view: str,
-    ) -> Any:
-        """Bring the second tab up to date, if it is open."""
-        wish = Wish(model=model or "", published=published, methods=tuple(methods), keep_ratio=ratio)
-        if tab != COMPARE or is_same(before, wish, picked):
-            return [gr.skip()] * 5
-        try:
-            seen = self.workbench.look(wish, picked)
-        except (EvoViTError, OSError, MemoryError, RuntimeError) as error:
-            return None, _drawn(refusal(error)), "", "", ""
-        parts = (
-            comparison_parts(seen, int(block), view),
-            cost_parts(seen),
-            answer_parts(seen),
-            note_parts(seen),
-        )
-        return seen, *map(_drawn, parts)
-
-    def time(self, tab: str, seen: Seen | None, compared: Seen | None) -> Any:
-        """Return the times of the tab that is open, if they are missing."""
-        found: list[Any] = [gr.skip()] * 4
-        shown = {LOOK: seen, COMPARE: compared}.get(tab)
-        if shown is None or shown.cost.ms is not None:
-            return found
-        place = 0 if tab == LOOK else 2
-        try:
-            timed = self.workbench.timed(shown)
-            found[place : place + 2] = timed, _drawn(cost_parts(timed))
-        except (EvoViTError, OSError, MemoryError, RuntimeError) as error:
-            found[place + 1] = _drawn(refusal(error))
-        return found
-
-    def draw(self, seen: Seen | None, block: int, view: str) -> Any:
-        """Return the picture of another block of the first tab."""
-        return gr.skip() if seen is None else _drawn(picture_parts(seen, int(block), view))
-
-    def draw_several(self, seen: Seen | None, block: int, view: str) -> Any:
-        """Return the pictures of another block of the second tab."""
-        return gr.skip() if seen is None else _drawn(comparison_parts(seen, int(block), view))
-
-    def show_search(self, folder: str | None) -> str:
-        """Return what `evovit tune` found."""
-        if not folder:
-            return _drawn([Quiet(NO_SEARCH)])
-        try:
-            self.workbench.expect_allowed(folder, "the folder of evovit tune")
-            return _drawn(tuned_parts(read_tuned(folder)))
-        except (EvoViTError, OSError) as error:
-            return _drawn([Note(str(error))])
-
-
-def is_same(seen: Seen | None, wish: Wish, picked: Picked) -> bool:
-    """Tell whether that is what is seen already."""
-    return seen is not None and seen.wish == wish and seen.picked is picked
-
-
-def _drawn(parts: Sequence[Part]) -> str:
-    return fragment(parts)
-
-
-def _preview(picked: Picked) -> Any:
-    if picked.picture is None:
-        return thumbnail(picked)
-    small = picked.picture.copy()
-    small.thumbnail((PREVIEW, PREVIEW))
-    return small
 
 
 def _html(name: str, value: str = "") -> gr.HTML:

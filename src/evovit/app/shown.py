@@ -51,7 +51,7 @@ def block_tile(look: Look, number: int, view: str, named: bool = False) -> Tile:
     block = look.blocks[min(number, len(look.blocks) - 1)]
     picture = fitted(look.photograph.seen, LARGE)
     picture = block.draw_heat(picture) if view == RANKED else block.draw(picture)
-    caption = f"block {block.number} of {look.blocks[0].number} to {look.blocks[-1].number}"
+    caption = f"block {block.number}"
     what = f"{look.photograph.title}, {view}, {caption}"
     return Tile(jpeg(picture, what), look.method if named else caption, counted(block))
 
@@ -80,16 +80,16 @@ def answer_parts(seen: Seen) -> list[Part]:
 
 def cost_parts(seen: Seen) -> list[Part]:
     """Return GMACs and milliseconds, of one method as large numbers."""
+    return [Numbers(numbers_of(seen.cost)) if len(seen.looks) == 1 else costs_of(seen.looks)]
+
+
+def condition_parts(seen: Seen) -> list[Part]:
+    """Return under which conditions the times were taken, and what makes them doubtful."""
     cost = seen.cost
-    parts: list[Part] = []
-    if len(seen.looks) == 1:
-        parts.append(Numbers(numbers_of(cost)))
-    else:
-        parts.append(costs_of(seen.looks))
     if cost.ms is None:
-        return [*parts, Quiet("Being timed ...")]
-    parts.append(Quiet(f"{DISTURBED} {cost.conditions}. GMACs are 1e9 multiply-accumulates of one image."))
-    return [*parts, *(Note(f"Note: {note}.") for note in cost.notes)]
+        return [Quiet("Being timed ...")]
+    said = Quiet(f"{DISTURBED} {cost.conditions}. GMACs are 1e9 multiply-accumulates of one image.")
+    return [*(Note(f"Note: {note}.") for note in cost.notes), said]
 
 
 def numbers_of(cost: Cost) -> list[Number]:

@@ -246,8 +246,13 @@ def variants_of(held: Held, wish: Wish) -> list[Variant | None]:
     for text in wish.methods:
         name, options = read_named(text)
         if name == OWN:
-            if OWN not in held.methods:
-                raise EvoViTError("This model has no method of its own; choose one.")
+            if OWN not in held.methods or options:
+                why = (
+                    "is as it is and takes no options"
+                    if options
+                    else "is for a model that is reduced already"
+                )
+                raise EvoViTError(f"{OWN} {why}; choose a method.")
             found.append(None)
             continue
         options = fitted(find_method(name), options, held.depth)

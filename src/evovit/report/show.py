@@ -274,7 +274,9 @@ def blocks_of(look: Look, drawn: Sequence[Drawn], film: Picture | None) -> list[
         tiles.insert(0, Tile(film, "all blocks", "one after another"))
     parts: list[Part] = [Subheading(f"{look.method}, block by block")]
     if tiles:
-        parts += [Paragraph(LEGENDS[kind_of(look)]), Tiles(tiles)]
+        shared = any(len(each.blocks) > 1 for each in drawn)
+        as_one = "Blocks one after another that keep the same are one picture." if shared else ""
+        parts += [Paragraph(f"{LEGENDS[kind_of(look)]} {as_one}".strip()), Tiles(tiles)]
     nowhere = [block for block in look.blocks if not block.has_places]
     if nowhere:
         left = ", ".join(dict.fromkeys(str(block.tokens) for block in nowhere))
@@ -296,10 +298,7 @@ def blocks_of(look: Look, drawn: Sequence[Drawn], film: Picture | None) -> list[
 
 
 LEGENDS = {
-    "kept": (
-        "Bright patches go on from the block, dark ones are dropped or wait, as the method says. Blocks one "
-        "after another that keep the same are one picture."
-    ),
+    "kept": "Bright patches go on from the block, dark ones are dropped or wait, as the method says.",
     "merged": (
         "Patches of one colour within an outline are one token; a patch that stands alone looks as it is, "
         "and a dark one is in no token."
