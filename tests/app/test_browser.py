@@ -165,8 +165,11 @@ def test_the_page_shows_china_at_once_and_times_it(visit: Any) -> None:
     visitor = visit()
     assert visitor.page.title() == "evovit" and visitor.picture().startswith("china, what it keeps, block 6")
     assert "Dense is here the reduced model" in visitor.text("#notes")
-    text = visitor.until("#cost", "rounds in turn")
-    assert "other visitors and other programs on this machine disturb it" in text and "speed-up" in text
+    text = visitor.until("#conditions", "rounds in turn")
+    assert (
+        "other visitors and other programs on this machine disturb it" in text
+        and "speed-up" in visitor.text("#cost")
+    )
 
 
 def test_an_upload_a_method_and_both_sliders(visit: Any, place: Path) -> None:
@@ -177,14 +180,14 @@ def test_an_upload_a_method_and_both_sliders(visit: Any, place: Path) -> None:
     visitor.page.wait_for_function("document.querySelector('#picture img').alt.includes('cat')")
     assert visitor.picture().startswith(NASTY)
     visitor.choose("#method", "evit")
-    before = visitor.until("#picture", r"block 6 of 0 to 7\s+\d+ of \d+ patches")
+    before = visitor.until("#picture", r"block 6\s+\d+ of \d+ patches")
     visitor.press("#ratio", "ArrowLeft", 4)
     visitor.page.wait_for_function("text => document.querySelector('#picture').innerText != text", arg=before)
     kept = int(re.findall(r"(\d+) of \d+ patches", visitor.text("#picture"))[0])
     assert kept < int(re.findall(r"(\d+) of \d+ patches", before)[0])
     answers = visitor.text("#answers")
     visitor.press("#block", "Home")
-    visitor.until("#picture", r"block 0 of 0 to 7\s+all of")
+    visitor.until("#picture", r"block 0\s+all of")
     visitor.page.get_by_label("what it ranks by").first.check()
     visitor.until("#picture", "ranks nothing here")
     assert visitor.text("#answers") == answers
@@ -230,9 +233,9 @@ def test_two_visitors_at_once_do_not_see_each_other(visit: Any, place: Path) -> 
         visitor.page.wait_for_function(
             "title => document.querySelector('#picture img').alt.startsWith(title)", arg=title
         )
-        visitor.until("#cost", "rounds in turn")
+        visitor.until("#conditions", "rounds in turn")
     one.press("#block", "Home")
-    one.until("#picture", "block 0 of")
+    one.until("#picture", "block 0")
     assert one.picture().startswith("flower") and other.picture().startswith(
         f"{NASTY}, what it keeps, block 6"
     )
@@ -245,7 +248,8 @@ def test_an_exported_file_runs_beside(visit: Any) -> None:
     visitor.page.get_by_text("Options of the method").click()
     visitor.choose("#export", "exports/mine")
     visitor.until("#answers", "torch.export fp32")
-    visitor.until("#cost", r"torch.export fp32[\s\S]*rounds in turn")
+    visitor.until("#conditions", "rounds in turn")
+    assert "torch.export fp32" in visitor.text("#cost")
     visitor.choose("#export", "nowhere")
     visitor.until("#export-note", "There is no 'nowhere/export.json'")
 
@@ -253,11 +257,11 @@ def test_an_exported_file_runs_beside(visit: Any) -> None:
 def test_methods_side_by_side(visit: Any) -> None:
     visitor = visit()
     visitor.page.get_by_role("tab", name="Compare methods").click()
-    visitor.until("#compare-cost", "rounds in turn")
+    visitor.until("#compare-conditions", "rounds in turn")
     images = visitor.page.locator("#tiles img")
     assert images.count() == 3 and "china" in images.first.get_attribute("alt")
     visitor.press("#compare-block", "Home")
-    visitor.page.wait_for_function("document.querySelector('#tiles img').alt.includes('block 0 ')")
+    visitor.page.wait_for_function("document.querySelector('#tiles img').alt.endsWith('block 0')")
     visitor.page.locator("#samples button").nth(2).click()
     visitor.page.wait_for_function("document.querySelector('#tiles img').alt.startsWith('digit 2')")
     visitor.page.get_by_role("tab", name="Look").click()
@@ -277,10 +281,10 @@ def test_a_search_is_shown(visit: Any) -> None:
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_nothing_is_cut_off(visit: Any, viewport: dict[str, int], scheme: str, tmp_path: Path) -> None:
     visitor = visit(viewport=viewport, color_scheme=scheme)
-    visitor.until("#cost", "rounds in turn")
+    visitor.until("#conditions", "rounds in turn")
     for tab, ready in (
-        ("Look", "#cost"),
-        ("Compare methods", "#compare-cost"),
+        ("Look", "#conditions"),
+        ("Compare methods", "#compare-conditions"),
         ("Tuned schedules", "#found"),
     ):
         visitor.page.get_by_role("tab", name=tab).click()
