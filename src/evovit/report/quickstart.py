@@ -255,7 +255,7 @@ def tiles_of(look: Look, box: Sequence[float] | None = None) -> list[tuple[Image
     found: list[tuple[Image.Image, str, str]] = [
         (fitted(look.photograph.seen, SMALL), look.photograph.title, "what the model sees")
     ]
-    reducing = [each for each in drawn_blocks(look) if each.blocks[0].tokens < each.blocks[0].cells]
+    reducing = [each for each in drawn_blocks(look) if each.blocks[0].reduces]
     found += [(each.picture, each.name, each.detail) for each in reducing]
     if box is None:
         return found

@@ -209,7 +209,7 @@ def answers_of(looks: Sequence[Look]) -> list[Part]:
 
 def decisive(look: Look) -> BlockLook | None:
     """Return the last block that leaves fewest tokens with places; None: none of them reduces anything."""
-    placed = [block for block in look.blocks if block.has_places and block.tokens < block.cells]
+    placed = [block for block in look.blocks if block.has_places and block.reduces]
     return min(reversed(placed), key=lambda block: block.tokens) if placed else None
 
 
