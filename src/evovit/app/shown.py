@@ -95,7 +95,7 @@ def condition_parts(seen: Seen) -> list[Part]:
 def numbers_of(cost: Cost) -> list[Number]:
     """Return the numbers of a reduced model beside the dense one."""
     share = cost.gmacs / cost.dense_gmacs
-    found = [Number("GMACs", cell(cost.gmacs, 2), f"dense {cell(cost.dense_gmacs, 2)}, {share:.0%} of it")]
+    found = [Number("GMACs", f"{cost.gmacs:.3g}", f"dense {cost.dense_gmacs:.3g}, {share:.0%} of it")]
     if cost.ms is None:
         return [*found, Number("milliseconds", "..."), Number("speed-up", "...")]
     found.append(Number("milliseconds", cell(cost.ms, 1), f"dense {cell(cost.dense_ms, 1)}"))

@@ -66,6 +66,11 @@ class BlockLook:
         return bool(self.kept.any()) or self.groups is not None
 
     @property
+    def reduces(self) -> bool:
+        """Tell whether some patch has no token of its own."""
+        return self.groups is not None or not bool(self.kept.all())
+
+    @property
     def cells(self) -> int:
         """Patches of the image."""
         return self.kept.numel()

@@ -247,7 +247,7 @@ def opening(
 
 
 def tiles_of(look: Look, box: Sequence[float] | None = None) -> list[tuple[Image.Image, str, str]]:
-    """Return what the model sees and what its reducing blocks keep, each with a caption and a detail.
+    """Return what the model sees, what its reducing blocks keep and the first score, with two captions each.
 
     Args:
         box: of the digit, as shares of the sides.
@@ -255,8 +255,11 @@ def tiles_of(look: Look, box: Sequence[float] | None = None) -> list[tuple[Image
     found: list[tuple[Image.Image, str, str]] = [
         (fitted(look.photograph.seen, SMALL), look.photograph.title, "what the model sees")
     ]
-    reducing = [each for each in drawn_blocks(look) if each.blocks[0].tokens < each.blocks[0].cells]
+    reducing = [each for each in drawn_blocks(look) if each.blocks[0].reduces]
     found += [(each.picture, each.name, each.detail) for each in reducing]
+    scored = next((block for block in look.blocks if block.score is not None), None)
+    if scored is not None:
+        found.append((scored.draw_heat(found[0][0]), f"block {scored.number}", "the score it selects by"))
     if box is None:
         return found
     return [(outlined(picture, box), name, detail) for picture, name, detail in found]
@@ -308,7 +311,7 @@ def photographs_part(looks: Sequence[Look]) -> list[Part]:
             "answers mean nothing here, and what it keeps is what looks to it like strokes. For a model that "
             "knows photographs see the commands at the end of this page."
         ),
-        *(as_tiles(tiles_of(look)) for look in looks),
+        Beside([as_tiles(tiles_of(look)) for look in looks]),
     ]
 
 

@@ -177,11 +177,12 @@ def opening(subject: Subject, first: Sequence[Look]) -> list[Part]:
 def costs_of(looks: Sequence[Look]) -> Table:
     """Return GMACs and times of the dense model and of each method."""
     dense = looks[0].cost
-    rows = [["dense", cell(dense.dense_gmacs, 2), "1.00", cell(dense.dense_ms, 1), "1" if dense.ms else ""]]
+    own = f"{dense.dense_gmacs:.3g}"
+    rows = [["dense", own, "1.00", cell(dense.dense_ms, 1), "1" if dense.ms else ""]]
     rows += [
         [
             look.method,
-            cell(look.cost.gmacs, 2),
+            f"{look.cost.gmacs:.3g}",
             f"{look.cost.gmacs / look.cost.dense_gmacs:.2f}",
             cell(look.cost.ms, 1),
             speedup_text(look.cost.speedup, look.cost.noise),
@@ -209,7 +210,7 @@ def answers_of(looks: Sequence[Look]) -> list[Part]:
 
 def decisive(look: Look) -> BlockLook | None:
     """Return the last block that leaves fewest tokens with places; None: none of them reduces anything."""
-    placed = [block for block in look.blocks if block.has_places and block.tokens < block.cells]
+    placed = [block for block in look.blocks if block.has_places and block.reduces]
     return min(reversed(placed), key=lambda block: block.tokens) if placed else None
 
 
