@@ -44,6 +44,13 @@ class Desk:
         self.workbench = workbench
         self.samples = samples()
 
+    def first_sample(self, model: str, published: bool) -> Picked:
+        """Return what a model is shown at first: a digit scene where its classes are digits, else china."""
+        opened = self.workbench.open(model, published).opened
+        names = (opened.preprocessing or {}).get("class_names") or ()
+        reads_digits = bool(names) and all(name in "0123456789" for name in names)
+        return next(each for each in self.samples if (each.picture is None) == reads_digits)
+
     def offer(self, model: str, published: bool, method: str, methods: Sequence[str]) -> Any:
         """Return what can be chosen for a model; one that cannot be opened is refused by `look`."""
         try:

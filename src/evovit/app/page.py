@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from evovit.app.desk import ALONE, COMPARE, LOOK, TUNED, Desk, drawn
+from evovit.app.desk import ALONE, COMPARE, LOOK, TUNED, Desk, drawn, preview
 from evovit.app.known import Known
 from evovit.app.picked import thumbnail
 from evovit.app.shown import KEPT, VIEWS
@@ -26,10 +26,14 @@ class Page:
         workbench: that computes for all visitors.
         known: what is offered to choose.
         published: whether the first model is shown with its published weights.
+
+    Raises:
+        EvoViTError: the first model cannot be opened.
     """
 
     def __init__(self, workbench: Workbench, known: Known, published: bool = False) -> None:
         self.desk, self.known, self.published = Desk(workbench), known, published
+        self.first = self.desk.first_sample(known.models[0], published)
         self.free = {"allow_custom_value": workbench.only is None}
 
     # what stands where
@@ -37,7 +41,7 @@ class Page:
     def build(self) -> gr.Blocks:
         """Return the page, to be launched."""
         with gr.Blocks(title="evovit", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
-            self.picked, self.tab = gr.State(self.desk.samples[0]), gr.State(LOOK)
+            self.picked, self.tab = gr.State(self.first), gr.State(LOOK)
             self.seen, self.compared = gr.State(None), gr.State(None)
             _html(
                 "head",
@@ -59,7 +63,7 @@ class Page:
 
     def _choice(self) -> None:
         self.photograph = gr.Image(
-            self.desk.samples[0].picture,
+            preview(self.first),
             type="filepath",
             image_mode=None,
             sources=["upload", "clipboard"],
@@ -68,7 +72,7 @@ class Page:
             buttons=[],
             elem_id="photograph",
         )
-        self.photograph_note = _html("photograph-note", drawn([Quiet(self.desk.samples[0].title)]))
+        self.photograph_note = _html("photograph-note", drawn([Quiet(self.first.title)]))
         self.gallery = gr.Gallery(
             [(thumbnail(each), each.title) for each in self.desk.samples],
             show_label=False,
@@ -192,8 +196,8 @@ class Page:
         ):
             for trigger in (block.input, view.input):
                 trigger(draw, [seen, block, view], picture, trigger_mode="always_last", **AT_ONCE)
-        for trigger in (blocks.load, self.search.input):
-            trigger(self.desk.show_search, self.search, self.found, **AT_ONCE)
+        for trigger in (tabs[TUNED].select, self.search.input):  # one at a time: Matplotlib wants it so
+            trigger(self.desk.show_search, self.search, self.found, **COMPUTES)
 
     def _refresh(self, trigger: Any, **more: Any) -> None:
         """Let a trigger bring the tab that is open up to date: what is seen first, then its times."""

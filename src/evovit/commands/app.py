@@ -54,16 +54,14 @@ def app(
         workbench = Workbench(
             world.device, None if alone else [*known.models, *known.exports, *known.searches]
         )
-        workbench.open(known.models[0], pretrained)  # a wrong one is refused here
+        workbench.open(known.models[0], pretrained)  # a wrong one is refused before gradio is imported
         if not alone:
             print(
                 "evovit: every machine that reaches this address can use the page: there is no password, and "
                 "it computes for all of them. It opens only the models and folders in its lists."
             )
         with served(workbench, known, host, port, pretrained, open_browser) as address:
-            signal.signal(
-                signal.SIGTERM, signal.default_int_handler
-            )  # what was uploaded is removed then, too
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # uploads are removed then, too
             print(f"{address} shows it; Ctrl+C ends it", flush=True)
             with suppress(KeyboardInterrupt):
                 Event().wait()
