@@ -209,7 +209,7 @@ def test_photographs_and_what_is_none(tmp_path: Path) -> None:
         "digit 5",
         "digit 4",
     ]
-    assert {thumbnail(each).size for each in samples()} == {(192, 128), (96, 96)}
+    assert {thumbnail(each).size for each in samples()} == {(192, 128), (192, 192)}
     Image.new("RGB", (50, 30), "red").save(tmp_path / "f.png")
     picked = uploaded(tmp_path / "f.png", "my\nphoto.png")
     assert picked.title == "my photo.png" and picked.picture is not None and picked.picture.size == (50, 30)

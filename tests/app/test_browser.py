@@ -215,7 +215,7 @@ def test_a_wrong_model_or_option_is_a_sentence(visit: Any) -> None:
     visitor.until("#answers", "timm does not know. Did you mean 'deit_small_patch16_224'")
     visitor.choose("#model", "small_vit")
     assert "Random weights" in visitor.until("#notes", "small_vit, random weights")
-    visitor.page.get_by_text("Options of the method").click()
+    visitor.page.get_by_text("Options, exported engines").click()
     field = visitor.page.locator("#options textarea, #options input").first
     field.fill("keep=2")
     field.press("Enter")
@@ -245,7 +245,7 @@ def test_two_visitors_at_once_do_not_see_each_other(visit: Any, place: Path) -> 
 
 def test_an_exported_file_runs_beside(visit: Any) -> None:
     visitor = visit()
-    visitor.page.get_by_text("Options of the method").click()
+    visitor.page.get_by_text("Options, exported engines").click()
     visitor.choose("#export", "exports/mine")
     visitor.until("#answers", "torch.export fp32")
     visitor.until("#conditions", "rounds in turn")
@@ -256,7 +256,7 @@ def test_an_exported_file_runs_beside(visit: Any) -> None:
 
 def test_methods_side_by_side(visit: Any) -> None:
     visitor = visit()
-    visitor.page.get_by_role("tab", name="Compare methods").click()
+    visitor.page.get_by_role("tab", name="Compare").click()
     visitor.until("#compare-conditions", "rounds in turn")
     images = visitor.page.locator("#tiles img")
     assert images.count() == 3 and "china" in images.first.get_attribute("alt")
@@ -270,7 +270,7 @@ def test_methods_side_by_side(visit: Any) -> None:
 
 def test_a_search_is_shown(visit: Any) -> None:
     visitor = visit()
-    visitor.page.get_by_role("tab", name="Tuned schedules").click()
+    visitor.page.get_by_role("tab", name="Tuned").click()
     visitor.until("#found", "Wished 1.20x")
     assert visitor.page.locator("#found img").evaluate("image => image.naturalWidth") > 500
     visitor.choose("#search", "nowhere")
@@ -284,8 +284,8 @@ def test_nothing_is_cut_off(visit: Any, viewport: dict[str, int], scheme: str, t
     visitor.until("#conditions", "rounds in turn")
     for tab, ready in (
         ("Look", "#conditions"),
-        ("Compare methods", "#compare-conditions"),
-        ("Tuned schedules", "#found"),
+        ("Compare", "#compare-conditions"),
+        ("Tuned", "#found"),
     ):
         visitor.page.get_by_role("tab", name=tab).click()
         visitor.until(ready, "rounds in turn|Wished")

@@ -6,7 +6,7 @@ Everything a visitor sees goes through the states of their own session; a desk r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
@@ -17,17 +17,18 @@ from evovit.app.shown import (
     condition_parts,
     cost_parts,
     note_parts,
+    picked_parts,
     picture_parts,
     refusal,
     tuned_parts,
 )
-from evovit.app.workbench import OWN, Seen, Wish, Workbench
+from evovit.app.workbench import OWN, Held, Seen, Wish, Workbench
 from evovit.engines.opening import read_exports
 from evovit.errors import EvoViTError, is_out_of_memory
 from evovit.report.page import Part, Quiet, fragment
 from evovit.tuning.record import read_tuned
 
-LOOK, COMPARE, TUNED = "Look", "Compare methods", "Tuned schedules"  # the tabs
+LOOK, COMPARE, TUNED = "Look", "Compare", "Tuned"  # the tabs
 ALONE = ("PyTorch", "")  # the engine where no exported file runs beside
 PREVIEW = 800  # pixels of the longer side of the photograph in its field
 NO_SEARCH = (
@@ -44,26 +45,15 @@ class Desk:
         self.workbench = workbench
         self.samples = samples()
 
-    def first_sample(self, model: str, published: bool) -> Picked:
-        """Return what a model is shown at first: a digit scene where its classes are digits, else china."""
-        opened = self.workbench.open(model, published).opened
-        names = (opened.preprocessing or {}).get("class_names") or ()
-        reads_digits = bool(names) and all(name in "0123456789" for name in names)
-        return next(each for each in self.samples if (each.picture is None) == reads_digits)
-
     def offer(self, model: str, published: bool, method: str, methods: Sequence[str]) -> Any:
         """Return what can be chosen for a model; one that cannot be opened is refused by `look`."""
         try:
-            held = self.workbench.open(model or "", published)
+            offered = offer(self.workbench.open(model or "", published), method, methods)
         except FAILS:
             return [gr.skip()] * 4
-        able = list(held.methods)
-        first = OWN if OWN in able else method if method in able else next(iter(able), None)
-        block = min(held.depth - 1, round(0.7 * held.depth))
-        slider = gr.Slider(maximum=held.depth - 1, value=block)
-        several = [each for each in methods if each.partition(":")[0] in able] or able[:2]
-        one, some = gr.Dropdown(choices=able, value=first), gr.Dropdown(choices=able, value=several)
-        return one, slider, slider, some
+        slider = gr.Slider(maximum=offered.last, value=offered.block)
+        one = gr.Dropdown(choices=offered.methods, value=offered.method)
+        return one, slider, slider, gr.Dropdown(choices=offered.methods, value=offered.several)
 
     def take(self, file: Any, before: Picked) -> Any:
         """Return an uploaded photograph, or why it is none and what was there before."""
@@ -71,12 +61,12 @@ class Desk:
             picked = uploaded(file["path"], file.get("orig_name") or "photograph")
         except FAILS as error:
             return before, preview(before), drawn(refusal(_said(error)))
-        return picked, preview(picked), drawn([Quiet(picked.title)])
+        return picked, preview(picked), drawn(picked_parts(picked))
 
     def pick(self, event: gr.SelectData) -> Any:
         """Return a sample."""
         picked = self.samples[event.index]
-        return picked, preview(picked), drawn([Quiet(picked.title)])
+        return picked, preview(picked), drawn(picked_parts(picked))
 
     def list_engines(self, folder: str | None) -> Any:
         """Return the engines of a folder of an export, its first one chosen."""
@@ -176,6 +166,28 @@ class Desk:
             return drawn(tuned_parts(read_tuned(folder)))
         except FAILS as error:
             return drawn(refusal(_said(error)))
+
+
+class Offered(NamedTuple):
+    """What can be chosen for a model, and what is chosen at first."""
+
+    methods: list[str]
+    method: str | None
+    several: list[str]  # for the second tab
+    block: int
+    last: int  # block
+
+
+def offer(held: Held, method: str, several: Sequence[str]) -> Offered:
+    """Return what can be chosen for a model.
+
+    Args:
+        method, several: that are chosen if they can be.
+    """
+    able = list(held.methods)
+    first = OWN if OWN in able else method if method in able else next(iter(able), None)
+    chosen = [each for each in several if each.partition(":")[0] in able] or able[:2]
+    return Offered(able, first, chosen, min(held.depth - 1, round(0.7 * held.depth)), held.depth - 1)
 
 
 def is_same(seen: Seen | None, wish: Wish, picked: Picked) -> bool:

@@ -6,15 +6,17 @@ from typing import Any
 
 import gradio as gr
 
-from evovit.app.desk import ALONE, COMPARE, LOOK, TUNED, Desk, drawn, preview
+from evovit.app.desk import ALONE, COMPARE, LOOK, TUNED, Desk, Offered, drawn, offer, preview
 from evovit.app.known import Known
-from evovit.app.picked import thumbnail
-from evovit.app.shown import KEPT, VIEWS
+from evovit.app.picked import first_of, thumbnail
+from evovit.app.shown import KEPT, VIEWS, picked_parts
 from evovit.app.workbench import Workbench
-from evovit.report.page import Quiet
 
 COMPARED = ("evo_vit", "evit", "tome")  # at the start
-PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+PRIVATE: dict[str, Any] = {
+    "api_visibility": "private",
+    "preprocess": False,  # what comes is checked by the desk, in sentences of ours
+}
 COMPUTES = PRIVATE | {"concurrency_limit": 1, "concurrency_id": "compute"}
 AT_ONCE = PRIVATE | {"concurrency_limit": None, "show_progress": "hidden"}
 
@@ -33,7 +35,9 @@ class Page:
 
     def __init__(self, workbench: Workbench, known: Known, published: bool = False) -> None:
         self.desk, self.known, self.published = Desk(workbench), known, published
-        self.first = self.desk.first_sample(known.models[0], published)
+        held = workbench.open(known.models[0], published)
+        self.first = first_of(self.desk.samples, (held.opened.preprocessing or {}).get("class_names", ()))
+        self.offered = offer(held, COMPARED[0], COMPARED)
         self.free = {"allow_custom_value": workbench.only is None}
 
     # what stands where
@@ -72,7 +76,7 @@ class Page:
             buttons=[],
             elem_id="photograph",
         )
-        self.photograph_note = _html("photograph-note", drawn([Quiet(self.first.title)]))
+        self.photograph_note = _html("photograph-note", drawn(picked_parts(self.first)))
         self.gallery = gr.Gallery(
             [(thumbnail(each), each.title) for each in self.desk.samples],
             show_label=False,
@@ -99,18 +103,22 @@ class Page:
     def _look_tab(self) -> None:
         with gr.Row():
             self.method = gr.Dropdown(
-                ["evo_vit"], value="evo_vit", label="Method", min_width=150, elem_id="method"
+                self.offered.methods,
+                value=self.offered.method,
+                label="Method",
+                min_width=150,
+                elem_id="method",
             )
             self.ratio = _slider("Keep ratio", "ratio")
         with gr.Row():
             with gr.Column(scale=5, min_width=300):
                 self.picture = _html("picture")
-                self.block = _slider("Block", "block", 11)
+                self.block = _slider("Block", "block", self.offered)
                 self.view = _views("view")
             with gr.Column(scale=4, min_width=300):
                 self.cost, self.answers = _html("cost"), _html("answers")
                 self.conditions = _html("conditions")
-        with gr.Accordion("Options of the method, exported engines", open=False, elem_id="more"):
+        with gr.Accordion("Options, exported engines", open=False, elem_id="more"):
             self.options = gr.Textbox(
                 "",
                 label="Options",
@@ -135,8 +143,8 @@ class Page:
     def _compare_tab(self) -> None:
         with gr.Row():
             self.methods = gr.Dropdown(
-                list(COMPARED),
-                value=list(COMPARED),
+                self.offered.methods,
+                value=self.offered.several,
                 multiselect=True,
                 allow_custom_value=True,
                 label="Methods",
@@ -146,7 +154,7 @@ class Page:
             self.compare_ratio = _slider("Keep ratio of all", "compare-ratio")
         self.tiles = _html("tiles")
         with gr.Row():
-            self.compare_block = _slider("Block", "compare-block", 11)
+            self.compare_block = _slider("Block", "compare-block", self.offered)
             with gr.Column(min_width=300):
                 self.compare_view = _views("compare-view")
         self.compare_cost = _html("compare-cost")
@@ -168,12 +176,11 @@ class Page:
     def _wire(self, blocks: gr.Blocks, tabs: dict[str, Any]) -> None:
         offered = [self.method, self.block, self.compare_block, self.methods]
         opening = (self.desk.offer, [self.model, self.weights, self.method, self.methods], offered)
-        for trigger in (blocks.load, self.model.input, self.weights.input):
+        self._refresh(blocks.load)
+        for trigger in (self.model.input, self.weights.input):
             self._refresh(trigger(*opening, **COMPUTES).then)
         photograph = [self.picked, self.photograph, self.photograph_note]
-        taken = self.photograph.upload(
-            self.desk.take, [self.photograph, self.picked], photograph, preprocess=False, **AT_ONCE
-        )
+        taken = self.photograph.upload(self.desk.take, [self.photograph, self.picked], photograph, **AT_ONCE)
         for event in (taken, self.gallery.select(self.desk.pick, None, photograph, **AT_ONCE)):
             self._refresh(event.then)
         engines = (self.desk.list_engines, self.export, [self.engine, self.export_note])
@@ -248,9 +255,9 @@ def _html(name: str, value: str = "") -> gr.HTML:
     return gr.HTML(value, elem_id=name, elem_classes=["parts"], js_on_load=None, apply_default_css=False)
 
 
-def _slider(label: str, name: str, most: int = 0) -> gr.Slider:
-    """Return a slider over ratios, or over blocks up to `most`."""
-    low, high, value, step = (0, most, round(0.7 * most), 1) if most else (0.1, 1, 0.5, 0.05)
+def _slider(label: str, name: str, blocks: Offered | None = None) -> gr.Slider:
+    """Return a slider over ratios, or over blocks."""
+    low, high, value, step = (0.1, 1.0, 0.5, 0.05) if blocks is None else (0, blocks.last, blocks.block, 1)
     return gr.Slider(low, high, value, step=step, label=label, min_width=200, buttons=[], elem_id=name)
 
 

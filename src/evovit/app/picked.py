@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +12,10 @@ from evovit.data.digits import MEAN, STD, digit_scenes
 from evovit.data.images import TEST_SEED
 from evovit.data.photographs import SAMPLES, Photograph, open_each, open_picture, prepared, sample
 from evovit.errors import printable, shown
+from evovit.models.small_vit import IMAGE_SIZE
+from evovit.visualize import fitted
 
-SCENES, THUMBNAIL = 4, 96  # digit scenes offered; pixels of the longer side
+SCENES, THUMBNAIL = 4, 192  # digit scenes offered; pixels of the longer side
 
 
 class Picked(NamedTuple):
@@ -50,16 +52,23 @@ def samples() -> list[Picked]:
     return photographs + [Picked(title, None, number) for number, title in enumerate(titles)]
 
 
+def first_of(samples: Sequence[Picked], classes: Sequence[str]) -> Picked:
+    """Return what a model is shown at first: a digit where its classes are digits, else a photograph."""
+    reads_digits = bool(classes) and all(name in "0123456789" for name in classes)
+    return next(each for each in samples if (each.picture is None) == reads_digits)
+
+
 def thumbnail(picked: Picked) -> Image.Image:
     """Return a small picture of what is picked."""
     if picked.picture is not None:
         small = picked.picture.copy()
-        small.thumbnail((THUMBNAIL * 2, THUMBNAIL * 2))
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
         return small
     scene = _scenes().images[picked.number] * STD + MEAN
     colours = (scene.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-    return Image.fromarray(colours.numpy())
+    return fitted(Image.fromarray(colours.numpy()), THUMBNAIL)
 
 
 def _scenes() -> Any:
-    return digit_scenes("test", SCENES, size=THUMBNAIL, seed=TEST_SEED)
+    """Return scenes as the small ViT of the quickstart sees them; each model gets them at its own size."""
+    return digit_scenes("test", SCENES, size=IMAGE_SIZE, seed=TEST_SEED)

@@ -13,7 +13,7 @@ from typing import Any
 
 from evovit.app.known import Known
 from evovit.app.workbench import Workbench
-from evovit.errors import EvoViTError, in_one_line, shown
+from evovit.errors import EvoViTError, shown
 from evovit.report.page import style
 
 LARGEST_FILE = "100mb"
@@ -76,8 +76,8 @@ def served(
             )
         except OSError as error:
             raise EvoViTError(
-                f"The page cannot listen on {shown(host)}, port {port or 7860} ({in_one_line(error)}); give "
-                "another --port or --host."
+                f"The page cannot listen on {shown(host)}, port {port or '7860 to 7959'}: it is taken, "
+                "or no address of this machine; give another --port or --host."
             ) from error
         try:
             yield address

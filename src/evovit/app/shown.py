@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from evovit.app.picked import Picked
 from evovit.app.workbench import Seen
 from evovit.look import Cost, Look
 from evovit.report.page import Note, Number, Numbers, Paragraph, Part, Quiet, Tile, Tiles, drawn, jpeg
@@ -16,11 +17,17 @@ from evovit.visualize import fitted
 
 KEPT, RANKED, WHOLE = "what it keeps", "what it ranks by", "the photograph"
 VIEWS = (KEPT, RANKED, WHOLE)
-PHONE = (4.2, 4.2)  # inches of a plot on a narrow page
+PHONE = (4.2, 5.2)  # inches of a plot on a narrow page
 DISTURBED = (
     "Timed now, in turn, in the process that serves this page: other visitors and other programs on this "
     "machine disturb it. evovit bench measures in peace."
 )
+
+
+def picked_parts(picked: Picked) -> list[Part]:
+    """Return what is picked, in words."""
+    own = "" if picked.picture is not None else ", drawn anew at the size each model takes"
+    return [Quiet(f"{picked.title}{own}")]
 
 
 def picture_parts(seen: Seen, number: int, view: str) -> list[Part]:
@@ -108,14 +115,14 @@ def comparison_parts(seen: Seen, number: int, view: str) -> list[Part]:
     looks = [look for look in seen.looks if look.blocks]
     if view == WHOLE:
         return picture_parts(seen, number, view)
-    return [Tiles([block_tile(look, number, view, named=True) for look in looks], large=True)]
+    return [Tiles([block_tile(look, number, view, named=True) for look in looks])]
 
 
 def tuned_parts(found: Tuned) -> list[Part]:
     """Return what a search found, and how its candidates lie."""
     small = draw_pareto(found, PHONE)
     plot = drawn(draw_pareto(found), "damage against measured speed-up of all plans", small)
-    return [*answer_of(found), plot, candidates_table(found)]
+    return [*answer_of(found), plot, candidates_table(found, predicted=False)]
 
 
 def refusal(sentence: object) -> Sequence[Part]:
