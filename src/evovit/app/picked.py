@@ -29,8 +29,7 @@ class Picked(NamedTuple):
         """Return it as a model takes it."""
         if self.picture is not None:
             return prepared(self.picture, preprocessing, self.title)
-        *_, scene = open_each(["digits"], preprocessing, self.number + 1)
-        return scene
+        return list(open_each(["digits"], preprocessing, SCENES))[self.number]
 
 
 def uploaded(path: str | Path, name: str) -> Picked:

@@ -10,7 +10,7 @@ from evovit.look import Cost, Look
 from evovit.report.page import Note, Number, Numbers, Paragraph, Part, Quiet, Tile, Tiles, drawn, jpeg
 from evovit.report.show import LEGENDS, answers, costs_of, kind_of, sentence
 from evovit.report.show_pictures import LARGE, counted, framed
-from evovit.report.tables import cell, speedup_text
+from evovit.report.tables import cell, speedup_text, table
 from evovit.report.tune import answer_of, candidates_table, draw_pareto
 from evovit.tuning.tune import Tuned
 from evovit.visualize import fitted
@@ -122,7 +122,10 @@ def tuned_parts(found: Tuned) -> list[Part]:
     """Return what a search found, and how its candidates lie."""
     small = draw_pareto(found, PHONE)
     plot = drawn(draw_pareto(found), "damage against measured speed-up of all plans", small)
-    return [*answer_of(found), plot, candidates_table(found, predicted=False)]
+    whole = candidates_table(found, predicted=False)
+    shown = [whole.columns.index(name) for name in ("plan", "ms", "speed-up", "damage")]
+    rows = [[row[place] for place in shown] for row in whole.rows]
+    return [*answer_of(found), plot, table([whole.columns[place] for place in shown], rows, whole.bold)]
 
 
 def refusal(sentence: object) -> Sequence[Part]:
