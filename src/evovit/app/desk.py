@@ -5,7 +5,7 @@ Everything a visitor sees goes through the states of their own session; a desk r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import gradio as gr
@@ -29,6 +29,7 @@ from evovit.report.page import Part, Quiet, fragment
 from evovit.tuning.record import read_tuned
 
 LOOK, COMPARE, TUNED = "Look", "Compare", "Tuned"  # the tabs
+USUAL = ("evo_vit", "evit", "tome")  # methods chosen at first
 ALONE = ("PyTorch", "")  # the engine where no exported file runs beside
 PREVIEW = 800  # pixels of the longer side of the photograph in its field
 NO_SEARCH = (
@@ -92,10 +93,8 @@ class Desk:
         ratio: float,
         export: str | None,
         target: str | None,
-        block: int,
-        view: str,
     ) -> Any:
-        """Bring the first tab up to date, if it is open."""
+        """Bring the first tab up to date, if it is open; `draw` then draws the picture."""
         wish = Wish(
             model=model or "",
             published=published,
@@ -106,7 +105,7 @@ class Desk:
         )
         if tab != LOOK or is_same(before, wish, picked):
             return [gr.skip()] * 6
-        return self._seen(wish, picked, lambda seen: picture_parts(seen, int(block), view))
+        return self._seen(wish, picked)
 
     def look_at_several(
         self,
@@ -117,23 +116,21 @@ class Desk:
         before: Seen | None,
         methods: Sequence[str],
         ratio: float,
-        block: int,
-        view: str,
     ) -> Any:
-        """Bring the second tab up to date, if it is open."""
+        """Bring the second tab up to date, if it is open; `draw_several` then draws the pictures."""
         wish = Wish(model=model or "", published=published, methods=tuple(methods), keep_ratio=ratio)
         if tab != COMPARE or is_same(before, wish, picked):
             return [gr.skip()] * 6
-        return self._seen(wish, picked, lambda seen: comparison_parts(seen, int(block), view))
+        return self._seen(wish, picked)
 
-    def _seen(self, wish: Wish, picked: Picked, draw: Callable[[Seen], Sequence[Part]]) -> Any:
-        """Return what is seen, its pictures, cost, answers, conditions and notes."""
+    def _seen(self, wish: Wish, picked: Picked) -> Any:
+        """Return what is seen, in place of a picture why there is none, cost, answers, conditions, notes."""
         try:
             seen = self.workbench.look(wish, picked)
         except FAILS as error:
             return None, drawn(refusal(_said(error))), "", "", "", ""
         parts = (cost_parts(seen), answer_parts(seen), condition_parts(seen), note_parts(seen))
-        return seen, *map(drawn, (draw(seen), *parts))
+        return seen, gr.skip(), *map(drawn, parts)
 
     def time(self, tab: str, seen: Seen | None, compared: Seen | None) -> Any:
         """Return the times of the tab that is open, if they are missing: what is seen, cost, conditions."""
@@ -178,15 +175,15 @@ class Offered(NamedTuple):
     last: int  # block
 
 
-def offer(held: Held, method: str, several: Sequence[str]) -> Offered:
+def offer(held: Held, method: str | None = None, several: Sequence[str] = ()) -> Offered:
     """Return what can be chosen for a model.
 
     Args:
-        method, several: that are chosen if they can be.
+        method, several: that were chosen, and are again if they can be.
     """
     able = list(held.methods)
-    first = OWN if OWN in able else method if method in able else next(iter(able), None)
-    chosen = [each for each in several if each.partition(":")[0] in able] or able[:2]
+    first = next((each for each in (OWN, method, *USUAL, *able) if each in able), None)
+    chosen = [each for each in several or USUAL if each.partition(":")[0] in able] or able[:2]
     return Offered(able, first, chosen, min(held.depth - 1, round(0.7 * held.depth)), held.depth - 1)
 
 

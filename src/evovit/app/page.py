@@ -12,7 +12,6 @@ from evovit.app.picked import first_of, thumbnail
 from evovit.app.shown import KEPT, VIEWS, picked_parts
 from evovit.app.workbench import Workbench
 
-COMPARED = ("evo_vit", "evit", "tome")  # at the start
 PRIVATE: dict[str, Any] = {
     "api_visibility": "private",
     "preprocess": False,  # what comes is checked by the desk, in sentences of ours
@@ -37,7 +36,7 @@ class Page:
         self.desk, self.known, self.published = Desk(workbench), known, published
         held = workbench.open(known.models[0], published)
         self.first = first_of(self.desk.samples, (held.opened.preprocessing or {}).get("class_names", ()))
-        self.offered = offer(held, COMPARED[0], COMPARED)
+        self.offered = offer(held)
         self.free = {"allow_custom_value": workbench.only is None}
 
     # what stands where
@@ -207,37 +206,31 @@ class Page:
             trigger(self.desk.show_search, self.search, self.found, **COMPUTES)
 
     def _refresh(self, trigger: Any, **more: Any) -> None:
-        """Let a trigger bring the tab that is open up to date: what is seen first, then its times."""
+        """Let a trigger bring the tab that is open up to date: what is seen, its picture, then its times.
+
+        The picture is of the block that is chosen when it is drawn, which may have changed meanwhile.
+        """
         shared = [self.tab, self.picked, self.model, self.weights]
+        wish = [self.method, self.options, self.ratio, self.export, self.engine]
+        answer = [self.cost, self.answers, self.conditions, self.notes]
         looked = trigger(
             self.desk.look,
-            [
-                *shared,
-                self.seen,
-                self.method,
-                self.options,
-                self.ratio,
-                self.export,
-                self.engine,
-                self.block,
-                self.view,
-            ],
-            [self.seen, self.picture, self.cost, self.answers, self.conditions, self.notes],
+            [*shared, self.seen, *wish],
+            [self.seen, self.picture, *answer],
             **COMPUTES,
             **more,
-        )
+        ).then(self.desk.draw, [self.seen, self.block, self.view], self.picture, **AT_ONCE)
+        answer = [self.compare_cost, self.compare_answers, self.compare_conditions, self.notes]
         compared = looked.then(
             self.desk.look_at_several,
-            [*shared, self.compared, self.methods, self.compare_ratio, self.compare_block, self.compare_view],
-            [
-                self.compared,
-                self.tiles,
-                self.compare_cost,
-                self.compare_answers,
-                self.compare_conditions,
-                self.notes,
-            ],
+            [*shared, self.compared, self.methods, self.compare_ratio],
+            [self.compared, self.tiles, *answer],
             **COMPUTES,
+        ).then(
+            self.desk.draw_several,
+            [self.compared, self.compare_block, self.compare_view],
+            self.tiles,
+            **AT_ONCE,
         )
         compared.then(
             self.desk.time,
