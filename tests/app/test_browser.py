@@ -40,6 +40,21 @@ NASTY = "${7*7} {{value}} <b>cat.png"
 WAIT = 60_000  # milliseconds
 
 
+WATCHED = """
+import sys
+
+def hear(event, given):
+    if event == "socket.getaddrinfo" and given[0] not in (None, "127.0.0.1", "localhost"):
+        print("AWAY", given, file=sys.stderr)
+    if event == "socket.connect" and isinstance(given[1], tuple) and not given[1][0].startswith("127."):
+        print("AWAY", given, file=sys.stderr)
+
+sys.addaudithook(hear)
+from evovit.cli import main
+main(sys.argv[1:])
+"""
+
+
 def chromium() -> str:
     """Return the path of the browser, or skip with what is missing."""
     program = next(filter(None, map(shutil.which, PROGRAMS)), None)
@@ -103,8 +118,8 @@ def found_by_hand() -> Tuned:
 
 @pytest.fixture(scope="module")
 def address(place: Path) -> Iterator[str]:
-    """The address of the page, served by the command itself."""
-    command = [sys.executable, "-u", "-m", "evovit", "app", "saved/mine", "--device", "cpu"]
+    """The address of the page, served by the command itself, which tells of every other machine it asks."""
+    command = [sys.executable, "-u", "-c", WATCHED, "app", "saved/mine", "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     log = place / "log"
     with (
@@ -122,7 +137,8 @@ def address(place: Path) -> Iterator[str]:
         finally:
             process.send_signal(signal.SIGINT)
             process.wait(30)
-    assert process.returncode == 0 and "Traceback" not in log.read_text()
+    told = log.read_text()
+    assert process.returncode == 0 and "Traceback" not in told and "AWAY" not in told
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -82,6 +83,8 @@ def served(
         try:
             yield address
         finally:
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # of what is cut off
+            blocks.server.force_exit = True  # pages that are still open would hold it
             blocks.close(verbose=False)
 
 
