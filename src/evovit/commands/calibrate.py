@@ -53,16 +53,17 @@ def calibrate(
 
     from evovit.calibration import Kept
     from evovit.calibration import calibrate as find
-    from evovit.checkpoints.reduced import save_reduced
+    from evovit.checkpoints.reduced import save_as_made
     from evovit.data.photographs import read_photographs
     from evovit.engines.exporting import preprocessing_of
     from evovit.errors import EvoViTError, check_choice, check_count, printable
+    from evovit.hosts.preprocessing import tell_preprocessing
     from evovit.macs import gmacs
     from evovit.model import ReducedViT, backbone_of
     from evovit.recipe.reading import read_recipe
     from evovit.runtime.files import make_folder
     from evovit.runtime.world import join_world
-    from evovit.train.build import host_options
+    from evovit.train.build import host_told
     from evovit.train.tested import open_model
 
     check_choice("device", device, ("auto", "cpu", "cuda"))
@@ -105,10 +106,9 @@ def calibrate(
             told=tell,
         ).to("cpu")
     named: dict[str, Any] = {}
-    if (Path(model) / "recipe.toml").is_file():  # a host of timm may not tell itself how it was made
-        recipe = read_recipe(Path(model) / "recipe.toml")
-        if not recipe.model.name.startswith("hf:"):
-            named = {"host": recipe.model.name, "host_options": host_options(recipe, reduced.num_classes)}
-    save_reduced(reduced.eval(), out, **named)
+    if preprocessing is not None:  # of a run, whose host may not tell how it was made
+        tell_preprocessing(reduced.model, preprocessing)
+        named = host_told(read_recipe(Path(model) / "recipe.toml"), reduced.num_classes)
+    save_as_made(reduced.eval(), out, named)
     print(f"{gmacs(host, shape):.4g} GMACs dense, {gmacs(reduced, shape):.4g} reduced")
     print(f"{printable(out)}: evovit.load_reduced opens it")

@@ -16,6 +16,7 @@ from evovit.data.images import Images
 from evovit.data.pictures import open_images
 from evovit.errors import EvoViTError, nearest, shown
 from evovit.hosts import create_host
+from evovit.hosts.hf import is_hf
 from evovit.methods import DENSE
 from evovit.model import ReducedViT, backbone_of, reduce_tokens
 from evovit.recipe.reading import read_recipe
@@ -135,6 +136,27 @@ def colours_of(recipe: Recipe, model: nn.Module) -> Colours:
     if recipe.data.source == "digits":
         return (MEAN,) * 3, (STD,) * 3
     return colours_in(getattr(model, "pretrained_cfg", None) or {})
+
+
+def preprocessing_in(recipe: Recipe, host: nn.Module, images: Images) -> dict[str, Any]:
+    """Return how the test images of a recipe are prepared, a table of `hosts.preprocessing`."""
+    mean, std = colours_of(recipe, host)
+    return {
+        "input_size": list(backbone_of(host).image_shape),
+        "mean": list(mean),
+        "std": list(std),
+        "interpolation": "bicubic",
+        "crop_pct": recipe.data.crop_pct,
+        "crop_mode": "center",
+        "class_names": list(images.class_names),
+    }
+
+
+def host_told(recipe: Recipe, num_classes: int) -> dict[str, Any]:
+    """Return how a recipe's host was made, for `save_reduced`; one of transformers tells it itself."""
+    if is_hf(recipe.model.name):
+        return {}
+    return {"host": recipe.model.name, "host_options": host_options(recipe, num_classes)}
 
 
 def colours_in(cfg: Any) -> Colours:
