@@ -89,7 +89,7 @@ def test_a_saved_model_is_tested_on_images_prepared_as_it_tells(
         "crop_mode": "squash",
     }
     evovit.save_reduced(evovit.reduce_tokens(model, "tome", r=4), tmp_path)
-    images = saved_model(tmp_path, folder, ["data.workers=0", "run.device=cpu"]).images
+    images = saved_model(str(tmp_path), folder, ["data.workers=0", "run.device=cpu"]).images
     with join_world("cpu") as world:
         (pixels, labels), *_ = images.test(world)
     assert (
@@ -100,7 +100,7 @@ def test_a_saved_model_is_tested_on_images_prepared_as_it_tells(
     assert head == f"{tmp_path}:" and trained.startswith("  as trained: top-1") and "evit" in evit
     with pytest.raises(SystemExit):
         tell(str(tmp_path), "--images", str(folder), "--pretrained")
-    assert "a saved model has its own" in capsys.readouterr().err
+    assert "has weights of its own" in capsys.readouterr().err
 
 
 def test_folders_named_as_imagenets_classes_find_their_places() -> None:

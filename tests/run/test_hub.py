@@ -105,10 +105,11 @@ def test_the_files_are_those_of_a_saved_folder(server: Hub, tmp_path: Path) -> N
         assert files_of(server)[name] == (tmp_path / "saved" / name).read_bytes()
     again = evovit.load_reduced(tmp_path / "saved")
     assert again.pretrained_cfg == evovit.load_reduced("hf:user/fast").pretrained_cfg
-    evovit.save_reduced(again, tmp_path / "again", **TOLD)
-    assert (tmp_path / "again" / "method.json").read_text() == (
-        tmp_path / "saved" / "method.json"
-    ).read_text()
+    evovit.save_reduced(again, tmp_path / "again")  # it remembers what the folder told
+    once, twice = (json.loads((tmp_path / name / FILES[0]).read_text()) for name in ("saved", "again"))
+    assert once["build"]["timm"] == twice["build"]["timm"].partition(".")[0]
+    assert once["build"]["options"] == twice["build"]["options"]
+    assert once | {"build": {}} == twice | {"build": {}}
 
 
 def test_the_card_says_what_it_is_and_its_program_runs(
@@ -186,7 +187,7 @@ def test_the_card_holds_what_was_measured_of_this_model_and_nothing_else(server:
     assert "user/x" not in server.repos
 
 
-def test_a_card_that_people_changed_keeps_what_they_wrote(server: Hub) -> None:
+def test_a_card_that_people_changed_keeps_what_they_wrote(server: Hub, tmp_path: Path) -> None:
     make_reduced().push_to_hub("user/fast", **TOLD)
     card = files_of(server)["README.md"].decode()
     mine = card.replace("library_name", "license: mit\nlibrary_name", 1) + "\nTrained on my cats.\n"
@@ -197,6 +198,10 @@ def test_a_card_that_people_changed_keeps_what_they_wrote(server: Hub) -> None:
     server.tamper("user/fast", "README.md", b"# All mine\n")
     make_reduced().push_to_hub("user/fast", **TOLD)
     assert files_of(server)["README.md"] == b"# All mine\n"
+    evovit.save_reduced(make_reduced(), tmp_path, **TOLD)
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Of the folder\n")
+    evovit.push_to_hub(tmp_path, "user/other")
+    assert files_of(server, "user/other")["README.md"].endswith(b"# Of the folder\n")
 
 
 def test_branches_requests_and_owners(server: Hub) -> None:
@@ -221,6 +226,17 @@ def test_branches_requests_and_owners(server: Hub) -> None:
     )
 
 
+def test_commands_open_a_shared_model_by_its_name(server: Hub) -> None:
+    from evovit.train.tested import open_model
+
+    reduced = make_reduced()
+    reduced.push_to_hub("user/fast", **TOLD)
+    opened, *_ = open_model("hf:user/fast")
+    with torch.no_grad():
+        assert torch.equal(opened(pictures()), reduced(pictures()))
+    refused(lambda: open_model("hf:user/fast", pretrained=True), "has weights of its own")
+
+
 def test_what_was_changed_is_refused(server: Hub) -> None:
     make_reduced().push_to_hub("user/fast", **TOLD)
     weights, manifest = files_of(server)["model.safetensors"], files_of(server)["method.json"]
@@ -240,6 +256,7 @@ def test_what_was_changed_is_refused(server: Hub) -> None:
         ({"preprocessing": {"mean": [0.0]}}, "preprocessing.input_size is missing"),
         ({"preprocessing": content["preprocessing"] | {"std": [0.0] * 3}}, "preprocessing.std is"),
         ({"preprocessing": []}, "preprocessing is missing or wrong"),
+        ({"preprocessing": content["preprocessing"] | {"class_names": ["cat"]}}, "names 1 classes of 5"),
         ({"method": "evo_vitt"}, "Did you mean 'evo_vit'"),
     ]:
         server.tamper("user/fast", "method.json", json.dumps(content | changed).encode())

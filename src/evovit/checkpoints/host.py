@@ -49,11 +49,9 @@ def describe(host: nn.Module, name: str | None = None, options: Mapping[str, Any
     if name is None and type(host).__module__.startswith(OURS):
         found = _of_transformers(host)
     else:
-        found = {"timm": _name_of(host) if name is None else name, "options": dict(options)}
-        if name is None and not found["timm"]:
+        found = {"timm": name, "options": dict(options)} if name else _of_timm(host)
+        if not found["timm"]:
             return {}
-        if name is None:
-            found["options"] = _arguments(host, found["timm"])
     try:
         with torch.device("meta"):
             again = build(found)
@@ -147,18 +145,23 @@ def _of_transformers(host: Any) -> dict[str, Any]:
     }
 
 
-def _name_of(host: Any) -> str:
-    """Return timm's name of a host with the tag of its weights, empty where it has none."""
+def _of_timm(host: Any) -> dict[str, Any]:
+    """Return timm's name of a host, with the tag of its weights, and its arguments; the name may be empty."""
     cfg = getattr(host, "pretrained_cfg", None) or {}
     name, tag = cfg.get("architecture") or "", cfg.get("tag") or ""
-    return f"{name}.{tag}" if name and tag else name
+    name, made_with = f"{name}.{tag}" if name and tag else name, cfg.get("model_args") or {}
+    try:
+        made_with = json.loads(json.dumps(made_with))
+    except (TypeError, ValueError):  # such as a class
+        made_with = {}
+    return {"timm": name, "options": made_with | (_changes(host, name, made_with) if name else {})}
 
 
-def _arguments(host: Any, name: str) -> dict[str, Any]:
-    """Return the arguments by which a host of timm differs from the one that its name alone makes."""
+def _changes(host: Any, name: str, made_with: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments by which a host of timm differs from the one that its name and others make."""
     try:
         with torch.device("meta"):
-            plain: Any = create_host(name)
+            plain: Any = create_host(name, made_with)
     except EvoViTError:
         return {}
     differ = {

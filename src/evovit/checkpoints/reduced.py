@@ -70,6 +70,9 @@ def save_reduced(
     check_kind("host_options", host_options, Mapping, "a table of timm's arguments")  # type: ignore[type-abstract]
     described = describe(reduced.model, host, host_options)
     config = reduced.method.current_config()
+    prepared = read_preprocessing(reduced.model, backbone_of(reduced).image_shape)
+    if prepared and len(prepared["class_names"]) != reduced.num_classes:
+        prepared["class_names"] = []
     if folder.exists() and not folder.is_dir():
         raise EvoViTError(f"{shown(folder)} is a file; give a folder to save into.")
     with largest_budget(reduced):
@@ -89,7 +92,7 @@ def save_reduced(
             "budgets": reduced.budgets,
             "budget": reduced.budget,
             "build": described,
-            "preprocessing": read_preprocessing(reduced.model, backbone_of(reduced).image_shape),
+            "preprocessing": prepared,
             "includes_model": include_model,
             "files": {name: hash_file(folder / f"{NEW}{name}") for name in states},
         }
@@ -98,18 +101,6 @@ def save_reduced(
             (folder / f"{NEW}{name}").replace(folder / name)
         if not include_model:
             (folder / MODEL).unlink(missing_ok=True)  # of an older save
-
-
-def save_as_made(reduced: ReducedViT, folder: Path, host: Mapping[str, Any]) -> None:
-    """Save a model whose host was made by a name and arguments, and perhaps changed since.
-
-    Args:
-        host: `host` and `host_options` of `save_reduced`; if they build another, it tells what it can.
-    """
-    try:
-        save_reduced(reduced, folder, **host)
-    except EvoViTError:
-        save_reduced(reduced, folder)
 
 
 def load_reduced(
@@ -165,6 +156,9 @@ def load_reduced(
         check_fit(module, state, what, content["method"])
     prepared = content["preprocessing"]
     prepared = prepared and checked_preprocessing(prepared, backbone_of(reduced).image_shape)
+    names = len(prepared.get("class_names", ()))
+    if names not in (0, reduced.num_classes):
+        raise EvoViTError(f"{what} names {names} classes of {reduced.num_classes}; save the model again.")
     for module, state in parts:
         module.load_state_dict(state)
     if saved is not None:
@@ -173,6 +167,16 @@ def load_reduced(
             tell_preprocessing(model, prepared)
     reduced.budget = content["budget"]
     return reduced
+
+
+def is_saved(name: str) -> bool:
+    """Tell whether a name is of a folder that `save_reduced` wrote, or of such a model on the Hub."""
+    if not name.startswith(hub.PREFIX):
+        return as_path(Path(name) / MANIFEST, "the folder").is_file()
+    try:
+        return hub.find(name).fetch(MANIFEST) is not None
+    except EvoViTError:  # a folder of transformers, or a Hub that is not reached: who opens it says so
+        return False
 
 
 def _fetched(repository: hub.Repository) -> Path:

@@ -34,7 +34,8 @@ def push_to_hub(
 ) -> str:
     """Put a reduced model on the Hugging Face Hub, from where `load_reduced("hf:user/name")` takes it.
 
-    The repository is created where it is not there; a card that people changed keeps what they wrote.
+    The repository is created where it is not there. Of a card that is there, or in the folder, the part that
+    evovit wrote is written anew, and what people wrote stays.
 
     Args:
         model: what `reduce_tokens` returns, or a folder that `save_reduced` wrote.
@@ -96,8 +97,9 @@ def _push(
     card = card.replace(f'"{repository.name}"', f'"{there.name}"')  # with the user's name, where it had none
     files: dict[str, Path | bytes] = {name: folder / name for name in (MANIFEST, *manifest["files"])}
     place = there.fetch(CARD)
-    old = None if place is None else place.read_text(encoding="utf-8", errors="replace")
+    written = [each for each in (place, folder / CARD) if each is not None and each.is_file()]
+    old = written[0].read_text(encoding="utf-8", errors="replace") if written else None
     new = card if old is None else renewed(old, card)
-    if new != old:
+    if place is None or new != old:
         files[CARD] = new.encode("utf-8")
     return there.commit(files, message, create_pr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -53,17 +53,15 @@ def calibrate(
 
     from evovit.calibration import Kept
     from evovit.calibration import calibrate as find
-    from evovit.checkpoints.reduced import save_as_made
+    from evovit.checkpoints.reduced import save_reduced
     from evovit.data.photographs import read_photographs
     from evovit.engines.exporting import preprocessing_of
     from evovit.errors import EvoViTError, check_choice, check_count, printable
     from evovit.hosts.preprocessing import tell_preprocessing
     from evovit.macs import gmacs
     from evovit.model import ReducedViT, backbone_of
-    from evovit.recipe.reading import read_recipe
     from evovit.runtime.files import make_folder
     from evovit.runtime.world import join_world
-    from evovit.train.build import host_told
     from evovit.train.tested import open_model
 
     check_choice("device", device, ("auto", "cpu", "cuda"))
@@ -105,10 +103,8 @@ def calibrate(
             batch=batch,
             told=tell,
         ).to("cpu")
-    named: dict[str, Any] = {}
-    if preprocessing is not None:  # of a run, whose host may not tell how it was made
+    if preprocessing is not None:  # of a run
         tell_preprocessing(reduced.model, preprocessing)
-        named = host_told(read_recipe(Path(model) / "recipe.toml"), reduced.num_classes)
-    save_as_made(reduced.eval(), out, named)
+    save_reduced(reduced.eval(), out)
     print(f"{gmacs(host, shape):.4g} GMACs dense, {gmacs(reduced, shape):.4g} reduced")
     print(f"{printable(out)}: evovit.load_reduced opens it")

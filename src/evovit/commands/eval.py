@@ -30,7 +30,7 @@ def eval(
     Under torchrun the test images are shared out.
 
     Args:
-        model: folder of a run of `evovit train`, one written by save_reduced, or a timm name.
+        model: folder of a run of `evovit train`, one written by save_reduced, a timm name, or hf:NAME.
         weights: of a run: last (default), best or ema, its moving average; of a timm model: a .pth or
             .safetensors file.
         pretrained: of a timm model: the published weights, which are downloaded.
@@ -41,8 +41,8 @@ def eval(
         device: auto, cpu or cuda; default: as the recipe of the run says, or auto.
         workers: processes that read images; default: as the recipe of the run says, or 4.
     """
-    from evovit.checkpoints.reduced import MANIFEST
-    from evovit.errors import EvoViTError
+    from evovit.checkpoints.reduced import is_saved
+    from evovit.errors import EvoViTError, shown
     from evovit.runtime.files import as_path
     from evovit.runtime.world import join_world
     from evovit.train.tested import named_model, run_model, saved_model, test_lines
@@ -53,12 +53,10 @@ def eval(
         if pretrained:
             raise EvoViTError("--pretrained is for a timm name; a run has weights of its own.")
         tested = run_model(Path(model), weights or "last", images, told)
-    elif (Path(model) / MANIFEST).is_file():
+    elif is_saved(model):
         if weights or pretrained:
-            raise EvoViTError(
-                "--weights and --pretrained are for a timm name or a run; a saved model has its own."
-            )
-        tested = saved_model(Path(model), images, told)
+            raise EvoViTError(f"{shown(model)} has weights of its own; leave --weights and --pretrained out.")
+        tested = saved_model(model, images, told)
     elif Path(model).exists():
         raise EvoViTError(f"There is no {str(Path(model) / 'recipe.toml')!r}; give the folder of a run.")
     else:

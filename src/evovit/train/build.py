@@ -16,7 +16,6 @@ from evovit.data.images import Images
 from evovit.data.pictures import open_images
 from evovit.errors import EvoViTError, nearest, shown
 from evovit.hosts import create_host
-from evovit.hosts.hf import is_hf
 from evovit.methods import DENSE
 from evovit.model import ReducedViT, backbone_of, reduce_tokens
 from evovit.recipe.reading import read_recipe
@@ -150,13 +149,6 @@ def preprocessing_in(recipe: Recipe, host: nn.Module, images: Images) -> dict[st
         "crop_mode": "center",
         "class_names": list(images.class_names),
     }
-
-
-def host_told(recipe: Recipe, num_classes: int) -> dict[str, Any]:
-    """Return how a recipe's host was made, for `save_reduced`; one of transformers tells it itself."""
-    if is_hf(recipe.model.name):
-        return {}
-    return {"host": recipe.model.name, "host_options": host_options(recipe, num_classes)}
 
 
 def colours_in(cfg: Any) -> Colours:

@@ -10,7 +10,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 
-from evovit.checkpoints.reduced import save_as_made
+from evovit.checkpoints.reduced import save_reduced
 from evovit.data.images import Images
 from evovit.errors import EvoViTError, check_kind, shown
 from evovit.hosts.preprocessing import tell_preprocessing
@@ -22,7 +22,7 @@ from evovit.runtime.environment import environment, source
 from evovit.runtime.files import as_path, hold_folder, make_folder, told, write_atomically, write_text
 from evovit.runtime.world import World, join_world
 from evovit.train import state
-from evovit.train.build import host_told, open_run, preprocessing_in
+from evovit.train.build import open_run, preprocessing_in
 from evovit.train.records import say
 from evovit.train.trainer import Trainer, accumulation, stop_signal
 
@@ -120,7 +120,7 @@ def save_weights(model: nn.Module, folder: Path, recipe: Recipe, images: Images)
     with told(folder):
         if isinstance(model, ReducedViT):
             tell_preprocessing(model.model, preprocessing_in(recipe, model.model, images))
-            save_as_made(model, folder, host_told(recipe, images.num_classes))
+            save_reduced(model, folder)
         else:
             tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
             write_atomically(folder / "model.safetensors", lambda path: save_file(tensors, path))

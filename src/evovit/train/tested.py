@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from evovit.checkpoints.reduced import MANIFEST, load_reduced
+from evovit.checkpoints.reduced import is_saved, load_reduced
 from evovit.data.images import Images
 from evovit.data.pictures import open_images
-from evovit.errors import EvoViTError, check_choice
+from evovit.errors import EvoViTError, check_choice, shown
 from evovit.hosts import create_host
 from evovit.hosts.preprocessing import read_preprocessing
 from evovit.macs import gmacs
@@ -56,20 +56,18 @@ def run_model(run: Path, weights: str, folder: Path | None, overrides: Sequence[
     return Tested(f"{run}, {weights} weights", recipe, images, model)
 
 
-def saved_model(folder: Path, images: Path | None, overrides: Sequence[str]) -> Tested:
-    """Return a model that `save_reduced` wrote, and a folder of images, prepared as the model tells."""
+def saved_model(name: str, images: Path | None, overrides: Sequence[str]) -> Tested:
+    """Return a model that was saved or shared, and a folder of images, prepared as the model tells."""
     if images is None:
-        raise EvoViTError(f"{str(folder)!r} has no test images of its own; give --images FOLDER.")
-    model = load_reduced(folder)
+        raise EvoViTError(f"{shown(name)} has no test images of its own; give --images FOLDER.")
+    model = load_reduced(name)
     prepared = read_preprocessing(model.model, backbone_of(model).image_shape)
     if not prepared:
-        raise EvoViTError(
-            f"{str(folder)!r} does not tell how images are prepared; give a run, or a timm name."
-        )
-    recipe = parse_recipe(overridden(_tables(str(folder), images, prepared["crop_pct"]), overrides))
+        raise EvoViTError(f"{shown(name)} does not tell how images are prepared; give a run, or a timm name.")
+    recipe = parse_recipe(overridden(_tables(name, images, prepared["crop_pct"]), overrides))
     resize = {key: prepared[key] for key in ("interpolation", "crop_mode")}
     opened = open_images(recipe, image_side(model), colours_in(prepared), resize)
-    return Tested(str(folder), recipe, opened, model, places_of(opened.class_names, model))
+    return Tested(name, recipe, opened, model, places_of(opened.class_names, model))
 
 
 def named_model(
@@ -117,11 +115,15 @@ def open_model(
     """Return a model by what names it, how its images are prepared if that is its own, and a warning.
 
     Args:
-        text: a timm name, the folder of a run, or one written by `save_reduced`.
+        text: a timm name, the folder of a run, or one written by `save_reduced`, `hf:user/name` on the Hub.
         weights: of a run: last, best or ema, "" for last; of a timm name: a file, "" for random ones.
         pretrained: of a timm name: the published weights.
     """
     folder = Path(text)
+    if is_saved(text):
+        if weights or pretrained:
+            raise EvoViTError(f"{shown(text)} has weights of its own; leave --weights and --pretrained out.")
+        return load_reduced(text), None, ""
     if not folder.exists():
         if weights and pretrained:
             raise EvoViTError("Give either --weights or --pretrained.")
@@ -129,10 +131,6 @@ def open_model(
         return load_named(text, weights, pretrained), None, "" if weights or pretrained else random
     if pretrained:
         raise EvoViTError("--pretrained is for a timm name; a folder has weights of its own.")
-    if (folder / MANIFEST).is_file():
-        if weights:
-            raise EvoViTError("--weights is for a timm name or a run; this folder has weights of its own.")
-        return load_reduced(folder), None, ""
     if not (folder / "recipe.toml").is_file():
         raise EvoViTError(f"{text!r} is neither the folder of a run nor one that save_reduced wrote.")
     tested = run_model(folder, weights or "last", None, ())

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from evovit.checkpoints.reduced import MODEL, save_as_made
+from evovit.checkpoints.reduced import MODEL, save_reduced
 from evovit.data.photographs import read_photographs
 from evovit.engines.exporting import preprocessing_of
 from evovit.errors import EvoViTError, shown
-from evovit.hosts.hf import is_hf
 from evovit.hosts.preprocessing import tell_preprocessing
 from evovit.model import ReducedViT
 from evovit.recipe.reading import LIBRARY, read_recipe
@@ -93,11 +92,10 @@ def save_found(job: Job, found: Tuned, folder: Path) -> None:
     """Write the winner, and a recipe that trains it on."""
     if found.model is None or found.best is None:
         return
-    timms = {} if is_hf(job.name) else {"host": job.host["name"], "host_options": job.host["options"]}
     if job.tested is not None:
         told_by = preprocessing_in(job.tested.recipe, job.model, job.tested.images)
         tell_preprocessing(found.model.model, told_by)
-    save_as_made(found.model, folder, timms)
+    save_reduced(found.model, folder)
     with told(folder):
         write_text(folder / "finetune.toml", finetune(job, found, folder).to_toml())
 
