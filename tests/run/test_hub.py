@@ -20,6 +20,7 @@ from huggingface_hub import constants
 
 import evovit
 from evovit.bench.row import AROUND, Row
+from evovit.checkpoints.card import rows_of
 from evovit.cli import main
 from evovit.errors import EvoViTError
 from tests.conftest import disturb, pictures
@@ -172,17 +173,16 @@ def test_the_card_holds_what_was_measured_of_this_model_and_nothing_else(server:
     assert "| compiled, fp32 | 8 | cpu, 1 threads | 12.3 | 648 | 1.27x ± 0.8% |" in card
     assert "| top-1 %, flowers | 93.25 |" in card and "5 rounds only" in card
     assert "Not measured." not in card and "99" not in card
-    for wrong in ({"gmacs": 1.0}, {"method": "tome"}, {"options": {"start_block": 2}}, {"task": "training"}):
-        other = row_of(reduced, **wrong)
-        refused(
-            lambda other=other: reduced.push_to_hub("user/x", measured=[other], **TOLD),
-            "give rows of this model",
-        )
-    refused(lambda: reduced.push_to_hub("user/x", measured=["1.5x"], **TOLD), "give rows of evovit bench")
-    refused(
-        lambda: reduced.push_to_hub("user/x", measured=[{"median_ms": 1}], **TOLD),
-        "has no method, .* or gmacs; give rows",
-    )
+    wrong = {"gmacs": 1.0}, {"method": "tome"}, {"options": {"start_block": 2}}, {"task": "training"}
+    others = [vars(row_of(reduced, **changes)) for changes in wrong]
+    own = vars(row_of(reduced))
+    assert rows_of(reduced, [*others, own]) == [own]
+    for measured, sentence in [
+        (others[:1], "give rows of this model"),
+        (["1.5x"], "give rows of evovit bench"),
+        ([{"median_ms": 1}], "has no method, .* or gmacs; give rows"),
+    ]:
+        refused(lambda given=measured: reduced.push_to_hub("user/x", measured=given, **TOLD), sentence)
     refused(lambda: reduced.push_to_hub("user/x", accuracy={"top-1": "high"}, **TOLD), "give numbers")
     assert "user/x" not in server.repos
 

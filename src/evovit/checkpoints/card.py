@@ -176,9 +176,9 @@ def _options(pairs: Any) -> str:
 
 def _speed(reduced: ReducedViT, measured: Sequence[Any]) -> str:
     rows = [row for row in map(_record, measured) if row["method"] != DENSE]
-    own = rows_of(reduced, rows)
     if not rows:
         return "Not measured."
+    own = rows_of(reduced, rows)
     for row in rows:
         if row not in own:
             raise EvoViTError(

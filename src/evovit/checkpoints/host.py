@@ -49,8 +49,8 @@ def describe(host: nn.Module, name: str | None = None, options: Mapping[str, Any
     if name is None and type(host).__module__.startswith(OURS):
         found = _of_transformers(host)
     else:
-        found = {"timm": name, "options": dict(options)} if name else _of_timm(host)
-        if not found["timm"]:
+        found = _of_timm(host) if name is None else {"timm": name, "options": dict(options)}
+        if name is None and not found["timm"]:
             return {}
     try:
         with torch.device("meta"):
