@@ -250,7 +250,7 @@ ROADS = {
     ("POST", r"/api/repos/create"): "create",
     ("POST", r"/api/validate-yaml"): "yaml",
     ("POST", rf"/api/models/{NAME}/branch/(.+)"): "branch",
-    ("GET", rf"/api/models/{NAME}"): "info",
+    ("GET", rf"/api/models/{NAME}(?:/revision/[^/]+)?"): "info",
     ("POST", rf"/api/models/{NAME}/preupload/(.+)"): "preupload",
     ("POST", rf"/{NAME}\.git/info/lfs/objects/batch"): "batch",
     ("PUT", r"/lfs/(\w+)"): "store",

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -55,7 +58,8 @@ def reach(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     """Set what HF_ENDPOINT sets, which the client reads when it is imported."""
     monkeypatch.setattr(constants, "ENDPOINT", url)
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    for place in (constants, huggingface_hub.file_download):  # the latter's own one in older versions
+        monkeypatch.setattr(place, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
 
 
 def make_reduced(**options: Any) -> evovit.ReducedViT:
@@ -368,3 +372,24 @@ def test_the_command_shares_a_run_with_its_accuracy_and_its_speed(
             main(["push", *words])
         said = capsys.readouterr().err
         assert left.value.code == 2 and told in said and said.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_fresh_process_reads_the_place_of_the_hub_from_its_environment(tmp_path: Path) -> None:
+    reduced = make_reduced()
+    evovit.save_reduced(reduced, tmp_path / "saved", **TOLD)
+    torch.save(pictures(), tmp_path / "pictures.pt")
+    program = """
+import torch, evovit
+from evovit.cli import main
+main(["push", "saved", "user/fast"])
+with torch.no_grad():
+    torch.save(evovit.load_reduced("hf:user/fast")(torch.load("pictures.pt")), "logits.pt")
+"""
+    with serving() as hub:
+        around = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf")}
+        around |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1,localhost"}
+        call = [sys.executable, "-c", program]
+        subprocess.run(call, cwd=tmp_path, env=os.environ | around, check=True)
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), reduced(pictures()))

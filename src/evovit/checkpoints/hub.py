@@ -83,6 +83,8 @@ def checked(name: Any, revision: Any, token: Any) -> Repository:
 
     check_kind("The name of the repository", name, str, "user/name")
     try:
+        if not name.isascii():
+            raise HFValidationError("it has other letters than A to Z")
         validate_repo_id(name)
     except HFValidationError as error:
         raise EvoViTError(
