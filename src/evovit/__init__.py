@@ -34,6 +34,7 @@ Run road: recipe -> numbers
   train        the training of one recipe: build, objective, loop, checkpoints, records
   tuning       a wished speed to a schedule: latency and sensitivity tables, search
   study        several recipes trained, tested and timed side by side
+  look         one photograph, dense and reduced: what each block keeps, answers, costs
   report       tables, plots and pages
   commands     one file a command
   cli          the command line
