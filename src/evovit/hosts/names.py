@@ -14,8 +14,9 @@ def class_names(host: Any) -> list[str]:
     Of transformers' hosts those of the config; of timm's those of `pretrained_cfg`, or of the part of
     ImageNet that has as many classes.
     """
-    count = getattr(host, "num_classes", 0) or 0
-    named = getattr(getattr(host, "config", None), "id2label", None)
+    config = getattr(host, "config", None)
+    count = getattr(host, "num_classes", 0) or getattr(config, "num_labels", 0) or 0
+    named = getattr(config, "id2label", None)
     if isinstance(named, Mapping) and count:
         names = [str(named.get(number, "")) for number in range(count)]
         if any(name and not name.startswith(PLACEHOLDER) for name in names):
