@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -164,6 +165,9 @@ def test_digits_are_drawn_as_the_model_takes_them() -> None:
 def test_classes_have_names_where_a_host_or_its_data_set_tells() -> None:
     assert class_names(timm.create_model("test_vit"))[1] == "goldfish, Carassius auratus"
     assert class_names(make_host("vit")) == []
+    for named in (["ant", "bee"], ["LABEL_0", "LABEL_1"]):
+        config = SimpleNamespace(id2label=dict(enumerate(named)), num_labels=2)
+        assert class_names(SimpleNamespace(config=config)) == (named if named[0] == "ant" else [])
     names = preprocessing_of(timm.create_model("test_vit", num_classes=7))["class_names"]
     assert names == [] and class_name(names, 6) == "class 6"
     assert class_name(["tench, Tinca tinca"], 0) == "tench"

@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from evovit.model import reduce_tokens as reduce_tokens
     from evovit.models import create_model as create_model
     from evovit.models import list_models as list_models
+    from evovit.report.show import show as show
     from evovit.slimming import StructuredMasks as StructuredMasks
     from evovit.slimming import slim as slim
     from evovit.tokens import Outputs as Outputs
@@ -105,6 +106,7 @@ _HOMES = {  # a name is imported from its module when it is first asked for
     "reduce_tower": "towers",
     "restore_tower": "towers",
     "save_reduced": "checkpoints.reduced",
+    "show": "report.show",
     "slim": "slimming",
     "stale_share": "feature_maps",
     "train_recipe": "train.run",

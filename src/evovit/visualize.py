@@ -229,6 +229,25 @@ def heat(picture: Image.Image, values: Tensor) -> Image.Image:
     return _as_picture(drawn)
 
 
+def outlined(picture: Image.Image, box: Sequence[float]) -> Image.Image:
+    """Return a picture with a red frame.
+
+    Args:
+        box: left, top, right, bottom as shares of the picture's sides.
+    """
+    framed = picture.copy()
+    corners = [share * side for share, side in zip(box, framed.size * 2, strict=True)]
+    ImageDraw.Draw(framed).rectangle(corners, outline="red", width=max(1, max(framed.size) // 120))
+    return framed
+
+
+def fitted(picture: Image.Image, side: int) -> Image.Image:
+    """Return a picture whose longer side has so many pixels."""
+    scale = side / max(picture.size)
+    size = max(1, round(scale * picture.width)), max(1, round(scale * picture.height))
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
 def sheet(tiles: Sequence[Image.Image], titles: Sequence[str], columns: int, side: int = 224) -> Image.Image:
     """Return pictures side by side, with a title above each, as one picture.
 
@@ -239,7 +258,7 @@ def sheet(tiles: Sequence[Image.Image], titles: Sequence[str], columns: int, sid
     columns, gap = min(columns, len(tiles)), 8
     font = ImageFont.load_default(max(12, side // 16))
     text = 2 * font.getbbox("Ag")[3]
-    small = [_fitted(tile, side) for tile in tiles]
+    small = [fitted(tile, side) for tile in tiles]
     wide, high = max(tile.width for tile in small) + gap, max(tile.height for tile in small) + gap + int(text)
     whole = Image.new("RGB", (columns * wide + gap, -(-len(tiles) // columns) * high + gap), "white")
     pen = ImageDraw.Draw(whole)
@@ -251,13 +270,6 @@ def sheet(tiles: Sequence[Image.Image], titles: Sequence[str], columns: int, sid
         pen.text((left, top + text // 6), shown, fill="black", font=font)
         whole.paste(tile, (left, top + int(text) - 2))
     return whole
-
-
-def _fitted(picture: Image.Image, side: int) -> Image.Image:
-    """Return a picture whose longer side has so many pixels; a small one keeps its pixels visible."""
-    scale = side / max(picture.size)
-    size = max(1, round(scale * picture.width)), max(1, round(scale * picture.height))
-    return picture.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
 
 
 def _per_pixel(cells: Tensor, picture: Image.Image) -> Any:

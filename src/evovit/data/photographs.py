@@ -42,6 +42,7 @@ class Photograph(NamedTuple):
     whole: Image.Image  # upright, RGB
     seen: Image.Image  # the part of it that the model sees, at most `SHARP` pixels a side
     image: Tensor  # (channels, height, width), as the model takes it
+    box: tuple[float, float, float, float] | None = None  # of `seen` in `whole`: left, top, right, bottom
 
 
 def open_picture(source: str | Path | IO[bytes] | Image.Image, name: str = "") -> Image.Image:
@@ -113,7 +114,17 @@ def prepared(picture: Image.Image, preprocessing: Mapping[str, Any], title: str 
     seen = canvas.resize(
         (max(1, round(width / shrink)), max(1, round(height / shrink))), Image.Resampling.LANCZOS
     )
-    return Photograph(title, picture, seen, transform_of(preprocessing)(picture))
+    return Photograph(title, picture, seen, transform_of(preprocessing)(picture), box)
+
+
+def as_photograph(image: Tensor, preprocessing: Mapping[str, Any], title: str = "") -> Photograph:
+    """Return an image (3, height, width), prepared already, with a picture of it."""
+    mean, std = (torch.tensor(preprocessing[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    colours = ((image * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    picture = Image.fromarray(colours.numpy())
+    times = max(1, SHARP // 2 // max(picture.size))
+    seen = picture.resize((times * picture.width, times * picture.height), Image.Resampling.NEAREST)
+    return Photograph(title, picture, seen, image)
 
 
 def seen_box(size: tuple[int, int], preprocessing: Mapping[str, Any]) -> tuple[float, float, float, float]:
@@ -151,15 +162,8 @@ def open_each(sources: Sequence[Any], preprocessing: Mapping[str, Any], most: in
                 yield prepared(sample(title), preprocessing, title)
         elif source == "digits":
             drawn = open_photographs("digits", preprocessing, most)
-            mean, std = (torch.tensor(preprocessing[key]).view(-1, 1, 1) for key in ("mean", "std"))
             for image, title in zip(drawn.images, drawn.titles, strict=True):
-                colours = ((image * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-                picture = Image.fromarray(colours.numpy())
-                larger = max(1, SHARP // 2 // max(picture.size))
-                seen = picture.resize(
-                    (larger * picture.width, larger * picture.height), Image.Resampling.NEAREST
-                )
-                yield Photograph(title, picture, seen, image)
+                yield as_photograph(image, preprocessing, title)
         else:
             place = as_path(source, "the image")
             inside = (

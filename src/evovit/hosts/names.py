@@ -15,7 +15,7 @@ def class_names(host: Any) -> list[str]:
     ImageNet that has as many classes.
     """
     config = getattr(host, "config", None)
-    count = getattr(host, "num_classes", getattr(config, "num_labels", 0)) or 0
+    count = getattr(host, "num_classes", 0) or getattr(config, "num_labels", 0) or 0
     named = getattr(config, "id2label", None)
     if isinstance(named, Mapping) and count:
         names = [str(named.get(number, "")) for number in range(count)]

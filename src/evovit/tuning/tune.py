@@ -23,7 +23,16 @@ from evovit.model import ReducedViT
 from evovit.runtime.files import make_folder, read_json, told, write_text
 from evovit.tuning.clock import Clock, EngineClock, median
 from evovit.tuning.latency import LatencyTable, blank, measure_latency, row_grid
-from evovit.tuning.plans import PLACES, Plan, choose_methods, points_of, rows_of, with_budget, with_counts
+from evovit.tuning.plans import (
+    PLACES,
+    Plan,
+    choose_methods,
+    defaults,
+    points_of,
+    rows_of,
+    with_budget,
+    with_counts,
+)
 from evovit.tuning.search import Costs, search
 from evovit.tuning.sensitivity import SensitivityTable, answers, block_grid, count_grid, damage
 
@@ -124,7 +133,10 @@ def tune(
     )
     calibration = blank(model, 16) if images is None else images
     bases = choose_methods(methods, spec)
-    work = _Search(model, spec, calibration, bases, clock or EngineClock(setting), setting, tables, log)
+    others = [] if methods else defaults(spec)
+    work = _Search(
+        model, spec, calibration, bases, others, clock or EngineClock(setting), setting, tables, log
+    )
     return work.run(speedup, latency_ms, images is None)
 
 
@@ -147,12 +159,14 @@ class _Search:
         spec: BackboneSpec,
         images: Tensor,
         bases: Sequence[Plan],
+        others: Sequence[Plan],
         clock: Clock,
         setting: Setting,
         tables: str | Path | None,
         log: Callable[[str], None],
     ) -> None:
         self.model, self.spec, self.images, self.bases = model, spec, images, bases
+        self.others = others
         self.clock, self.setting, self.log = clock, setting, log
         self.backbone = adapt(model)
         shape = self.backbone.image_shape
@@ -241,7 +255,9 @@ class _Search:
         tables = {base.key: self.measure_sensitivity(base) for base in self.bases}
         self.latency = latency
         own = [with_budget(base, budget, self.spec) for base in self.bases for budget in OWN_BUDGETS]
-        pool = self.measure([self.predicted(plan) for plan in own], "own knobs")
+        known = {plan.key for plan in own}
+        own += [plan for plan in self.others if plan.key not in known]
+        pool = self.measure([self.predicted(plan) for plan in own], "own knobs and defaults")
         costs = {base.key: self.costs(base, tables[base.key], pool) for base in self.bases}
         for turn in range(ROUNDS):
             known = {one.plan.key for one in pool}

@@ -66,6 +66,11 @@ class BlockLook:
         return bool(self.kept.any()) or self.groups is not None
 
     @property
+    def reduces(self) -> bool:
+        """Tell whether some patch has no token of its own."""
+        return self.groups is not None or not bool(self.kept.all())
+
+    @property
     def cells(self) -> int:
         """Patches of the image."""
         return self.kept.numel()
@@ -132,6 +137,7 @@ def look_at(
     photograph: Photograph,
     names: Sequence[str] = (),
     rounds: int = 0,
+    cost: Cost | None = None,
 ) -> Look:
     """Look at one photograph with a dense and a reduced model; both evaluate, whatever their mode.
 
@@ -141,6 +147,7 @@ def look_at(
         photograph: from `evovit.data.photographs`.
         names: of the classes; where there are none, such as "class 7".
         rounds: how often each is timed; 0: times are left out.
+        cost: where it is known already.
     """
     check_count("rounds", rounds, 0, 100_000)
     watched = as_reduced(reduced)
@@ -150,8 +157,8 @@ def look_at(
             classes = backbone_of(dense).spec.num_classes
             answers = [answer_of(model(images), classes, names) for model in (dense, watched)]
             blocks = blocks_of(watched, images)
-        models = {"dense": dense, "reduced": watched}
-        (cost,) = costs(models, images, rounds)
+        if cost is None:
+            (cost,) = costs({"dense": dense, "reduced": watched}, images, rounds)
     method = watched.method
     return Look(
         photograph=photograph,
