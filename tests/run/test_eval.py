@@ -75,7 +75,7 @@ def test_a_timm_model_with_a_file_of_weights_is_tested_on_a_folder(
     head, dense, tome = capsys.readouterr().out.splitlines()
     assert head.startswith("test_vit, ")
     assert "top-1 50.00 %" in dense and "6 images, 0 unreadable" in dense
-    assert "top-1 50.00 % (+0.00)" in tome
+    assert "top-1 50.00 % (+0.00 ± 0.00)" in tome
 
 
 def test_a_saved_model_is_tested_on_images_prepared_as_it_tells(
