@@ -174,7 +174,7 @@ def test_the_card_holds_what_was_measured_of_this_model_and_nothing_else(server:
         "user/fast", measured=[dense, row_of(reduced)], accuracy={"top-1 %, flowers": 93.25}, **TOLD
     )
     card = files_of(server)["README.md"].decode()
-    assert "| compiled, fp32 | 8 | cpu, 1 threads | 12.3 | 648 | 1.27x ± 0.8% |" in card
+    assert "| compiled, fp32 | 8 | cpu, threads: 1 | 12.3 | 648 | 1.27x ± 0.8% |" in card
     assert "| top-1 %, flowers | 93.25 |" in card and "5 rounds only" in card
     assert "Not measured." not in card and "99" not in card
     wrong = {"gmacs": 1.0}, {"method": "tome"}, {"options": {"start_block": 2}}, {"task": "training"}
@@ -221,7 +221,10 @@ def test_branches_requests_and_owners(server: Hub) -> None:
     assert evovit.load_reduced(f"hf:user/fast@{commit}").method.current_config().keep_ratio == 0.5
     address = second.push_to_hub("user/fast", create_pr=True, **TOLD)
     assert address.endswith("/discussions/1") and server.repos["user/fast"].refs["main"] == commit
-    refused(lambda: first.push_to_hub("other/fast", **TOLD), "The Hub refuses .*hf:other/fast .status 403")
+    refused(
+        lambda: first.push_to_hub("other/fast", **TOLD),
+        "of hf:other/fast .status 403: You may not create a model for other.; log in",
+    )
     server.repos["user/open"] = Repo(private=False)
     server.repos["user/open"].commit("main", {})
     refused(
@@ -290,7 +293,9 @@ def test_what_the_hub_refuses_is_one_sentence(server: Hub, monkeypatch: pytest.M
     server.repos["user/gated"] = Repo(private=False, gated=True)
     refused(lambda: evovit.load_reduced("hf:user/gated"), "hf:user/gated is gated: ask for access")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    refused(lambda: reduced.push_to_hub("user/fast", **TOLD), "log in with `hf auth login`")
+    refused(
+        lambda: reduced.push_to_hub("user/fast", **TOLD), "the Hub does not know who you are; log in with"
+    )
     server.broken = 500
     refused(lambda: evovit.load_reduced("hf:user/new"), "The Hub is not reached")
     refused(lambda: reduced.push_to_hub("user/fast", **TOLD), "status 500")
@@ -361,7 +366,7 @@ def test_the_command_shares_a_run_with_its_accuracy_and_its_speed(
     assert "evovit.load_reduced('hf:user/fast') loads it" in capsys.readouterr().out
     card = files_of(server)["README.md"].decode()
     assert "| top-1 %, 50 test images of digits | 92 |" in card
-    assert "a CPU, 1 threads, torch 2.9" in card and "77" not in card
+    assert "a CPU, threads: 1, torch 2.9" in card and "77" not in card
     (tmp_path / "bench" / "rows.jsonl").write_text("{}\n")
     for words, told in [
         ([str(run), "user/fast", "--measured", str(tmp_path / "bench")], "has no row of this model"),

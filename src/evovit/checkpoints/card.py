@@ -139,15 +139,13 @@ def _host(manifest: Record) -> str:
 
 def _facts(reduced: ReducedViT, manifest: Record) -> dict[str, str]:
     """Return what a model is; GMACs are counted, not measured."""
-    config, shape = reduced.method.current_config(), backbone_of(reduced).image_shape
-    own = [(f.name, getattr(config, f.name)) for f in fields(config) if getattr(config, f.name) != f.default]
-    options = manifest["build"].get("options") or {}
+    shape, options = backbone_of(reduced).image_shape, manifest["build"].get("options") or {}
     ours, dense = gmacs(reduced, shape), gmacs(reduced.model, shape)
     weights = sum(value.numel() for value in reduced.parameters())
     prepared = manifest["preprocessing"]
     facts = {
         "host": _host(manifest) + _options(options.items()),
-        "method": f"`{name_of(reduced.method)}`" + _options(own),
+        "method": f"`{name_of(reduced.method)}`" + _options(manifest["options"].items()),
         "parameters": f"{weights / 1e6:.4g} million",
         "work": f"{ours:.4g} GMACs an image, counted; dense {dense:.4g}, {dense / ours:.2f} times as many",
         "images": " x ".join(map(str, shape)),
@@ -163,8 +161,8 @@ def _facts(reduced: ReducedViT, manifest: Record) -> dict[str, str]:
     if reduced.num_classes:
         facts["classes"] = str(reduced.num_classes)
         names = prepared.get("class_names") or ()
-        more = ", ..." if len(names) > SHOWN_CLASSES else ""
-        facts["classes"] += f": {_text(', '.join(names[:SHOWN_CLASSES]))}{more}" if names else ""
+        more = "; ..." if len(names) > SHOWN_CLASSES else ""
+        facts["classes"] += f": {_text('; '.join(names[:SHOWN_CLASSES]))}{more}" if names else ""
     return facts
 
 
@@ -192,7 +190,7 @@ def _speed(reduced: ReducedViT, measured: Sequence[Any]) -> str:
             ", ".join(
                 [
                     str(row.get("device_name") or row["device"]),
-                    *([f"{row['threads']} threads"] if row["device"] == "cpu" else []),
+                    *([f"threads: {row['threads']}"] if row["device"] == "cpu" else []),
                     *([f"torch {row['torch']}"] if row.get("torch") else []),
                 ]
             ),

@@ -138,14 +138,13 @@ def told_of(repository: Repository) -> Iterator[None]:
             f"The Hub is not reached ({_cause(error)}), and {name} is not in its cache; check the network "
             "and try again."
         ) from error
-    except errors.LocalTokenNotFoundError as error:
-        raise EvoViTError(f"Nobody is logged in to the Hub; {LOG_IN}.") from error
-    except errors.HfHubHTTPError as error:
-        code = getattr(error.response, "status_code", None)
-        may = f"; {LOG_IN}, with a token that may write there" if code in (401, 403) else ""
-        raise EvoViTError(
-            f"The Hub refuses what was asked of {name} (status {code}: {in_one_line(error)}){may}."
-        ) from error
+    except (errors.LocalTokenNotFoundError, errors.HfHubHTTPError) as error:
+        code = getattr(getattr(error, "response", None), "status_code", 401)
+        if code == 401:
+            raise EvoViTError(f"{name}: the Hub does not know who you are; {LOG_IN}.") from error
+        why = (getattr(error, "server_message", None) or in_one_line(error)).rstrip(".")
+        may = f"; {LOG_IN}, with a token that may write there" if code == 403 else ""
+        raise EvoViTError(f"The Hub refuses what was asked of {name} (status {code}: {why}){may}.") from error
     except Exception as error:  # the client, its network library and a full disk raise what they like
         raise EvoViTError(f"{name}: {_cause(error)}; check network and disk and try again.") from error
 
