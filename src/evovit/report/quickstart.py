@@ -308,8 +308,8 @@ def photographs_part(looks: Sequence[Look]) -> list[Part]:
         Heading("The same on photographs"),
         Paragraph(
             f"The model has learnt from digits only, and gets {IMAGE_SIZE} x {IMAGE_SIZE} pixels of each "
-            "photograph: its answers mean nothing here, and it keeps what digits taught it to look for. For a "
-            "model that knows photographs see the commands at the end of this page."
+            "photograph: its answers mean nothing here, and it keeps what digits taught it to look for. For "
+            "a model that knows photographs see the commands at the end of this page."
         ),
         Beside([as_tiles(tiles_of(look)) for look in looks]),
     ]
