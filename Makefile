@@ -13,4 +13,4 @@ test:
 	python -m pytest
 
 test-all:
-	python -m pytest -m "not gpu and not torture"
+	python -m pytest -m "not full and not gpu and not torture"

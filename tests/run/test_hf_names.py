@@ -82,7 +82,7 @@ def test_methods_of_a_host(saved: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_bench(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", f"hf:{saved}", "--method", "evo_vit:start_block=1", "tome:r=3", "--batch", "2"]
-    main([*arguments, "--device", "cpu", "--dtype", "fp32", "--engine", "eager"])
+    main([*arguments, "--device", "cpu", "--dtype", "fp32", "--engine", "eager", "--rounds", "2"])
     told = capsys.readouterr().out
     assert "evo_vit" in told and "tome" in told and "dense" in told
 
