@@ -343,7 +343,7 @@ def next_part(out: Path) -> list[Part]:
             "Measure how much faster a larger model gets on this machine.",
         ),
         Command(
-            f"evovit eval {run} --method evit tome:r=4",
+            f"evovit eval {run} --method tome:r=4 idle_vit",
             "Try other methods on the weights just trained; evovit methods lists them all.",
         ),
     ]
