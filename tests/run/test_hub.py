@@ -314,14 +314,13 @@ def test_without_network_what_was_fetched_before_is_loaded(
     refused(lambda: reduced.push_to_hub("user/fast", **TOLD), "hf:user/fast: .*check network and disk")
 
 
-@pytest.mark.parametrize(
-    "name", ["", "a/b/c", "a b/c", "../x", "user/x.git", "user//x", "x" * 200, "é/x", 3, None]
-)
-def test_names_that_cannot_be(name: Any, server: Hub) -> None:
+def test_names_that_cannot_be(server: Hub) -> None:
     reduced = make_reduced()
-    refused(lambda: reduced.push_to_hub(name, **TOLD), "name of .*repository")
-    if isinstance(name, str):
-        refused(lambda: evovit.load_reduced(f"hf:{name}"), "no name of a repository")
+    names: list[Any] = ["", "a/b/c", "a b/c", "../x", "user/x.git", "user//x", "x" * 200, "é/x", 3, None]
+    for name in names:
+        refused(lambda given=name: reduced.push_to_hub(given, **TOLD), "name of .*repository")
+        if isinstance(name, str):
+            refused(lambda given=name: evovit.load_reduced(f"hf:{given}"), "no name of a repository")
     assert not [each for each in server.asked if "agent" not in each[1]]
 
 
