@@ -19,7 +19,6 @@ from evovit.recipe.tables import TABLES, MethodTable
 from evovit.train.build import check_recipe
 
 RECIPES = sorted(LIBRARY.rglob("*.toml"))
-DIGITS = LIBRARY / "digits"
 PLAIN = """
 [model]
 name = "vit_tiny_patch16_224"
