@@ -12,6 +12,7 @@ import torch
 
 import evovit
 from evovit.cli import main
+from evovit.data.digits import MEAN
 from evovit.errors import EvoViTError
 from evovit.hosts import create_host
 from tests.hf_hosts import make_config, make_hf, worst
@@ -117,5 +118,7 @@ device = "cpu"
     main(["train", str(recipe), "--out", str(out)])
     again = evovit.load_reduced(next(out.rglob("method.json")).parent)
     assert again.num_classes == 10
+    assert again.pretrained_cfg["label_names"] == [str(digit) for digit in range(10)]
+    assert again.pretrained_cfg["mean"] == (MEAN,) * 3  # of the digits, not of the host
     main(["eval", str(next(out.rglob("recipe.toml")).parent)])
     assert "top-1" in capsys.readouterr().out
