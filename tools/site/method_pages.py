@@ -1,0 +1,235 @@
+"""What a method's page shows of the code: facts, picture, options, cost. A new method needs no entry here."""
+
+from __future__ import annotations
+
+import io
+from functools import cache
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+import evovit
+from evovit.backbones import adapt
+from evovit.data.photographs import Photographs, read_samples
+from evovit.engines.exporting import preprocessing_of
+from evovit.errors import EvoViTError
+from evovit.methods import build_config, find_method, list_methods
+from evovit.model import ReducedViT
+from evovit.visualize import DIM, kept_patches, shade
+from reference import plain, option_list
+
+PICTURED = "deit_tiny_patch16_224"  # of random weights: nothing is downloaded
+STAGED = "evo_levit_128s_224"
+COUNTED = "deit_small_patch16_224"
+SHARES = (0.7, 0.5, 0.3)
+KINDS = {  # a host of each kind, by what its users would call it
+    "Hosts with a class token (ViT, DeiT, CLIP, DINO)": "deit_tiny_patch16_224",
+    "Hosts without (SigLIP)": "vit_base_patch16_siglip_224",
+    "Hosts with stages (LeViT)": "levit_128s",
+}
+COLUMNS = 5  # blocks drawn
+GREY = "#808080"  # legible on a light page and on a dark one
+
+
+def summary(name: str) -> str:
+    """Return the first sentence of a method's docstring."""
+    return (find_method(name).__doc__ or "").strip().splitlines()[0]
+
+
+def unwritten_page(name: str) -> str:
+    """Return the page of a method for which nobody wrote one."""
+    cls = find_method(name)
+    module = __import__(cls.__module__, fromlist=["_"]).__doc__ or ""
+    return f"# {cls.__name__}\n\n{summary(name)}\n\n{module}\n\n" + "\n\n".join(
+        f"<!-- site: {part} -->" for part in ("facts", "picture", "options", "cost")
+    )
+
+
+def method_table() -> str:
+    """Return the table of all methods: what it does, and what its default costs on a DeiT-S."""
+    dense = _dense_gmacs()
+    rows = []
+    for name in list_methods():
+        found = _gmacs(name)
+        cost = f"{found:.2f} ({found / dense:.0%})" if found else "other hosts"
+        rows.append(f"| [`{name}`]({name}.md) | {summary(name)} | {cost} |")
+    head = ["| method | what it does | GMACs of DeiT-S, default options |", "|---|---|--:|"]
+    return "\n".join([*head, *rows])
+
+
+def facts(name: str) -> str:
+    """Return what holds of a method whatever its options: where it runs, what it adds, what it leaves."""
+    cls = find_method(name)
+    own = _own_parameters(name)
+    rows = {kind: _verdict(name, host) for kind, host in KINDS.items()} | {
+        "Parameters it adds to a DeiT-S": f"{own:,}" if own else "none",
+        "After the last block": "every patch has its token" if cls.keeps_grid else "fewer tokens than patches",
+    }
+    return "\n".join(["## Where it runs\n", *(f"- **{what}**: {says}" for what, says in rows.items())])
+
+
+def _verdict(name: str, host: str) -> str:
+    cls = find_method(name)
+    try:
+        cls(build_config(cls, {}), adapt(_on_meta(host)).spec)
+    except EvoViTError as error:
+        return f"not by default. *{plain(str(error))}*"
+    return "yes"
+
+
+def options(name: str) -> str:
+    """Return the options of a method."""
+    return f"## Options\n\n{option_list(find_method(name).Config)}"
+
+
+def cost(name: str) -> str:
+    """Return the multiply-accumulates of a DeiT-S with a method, by default and at a few shares."""
+    dense = _dense_gmacs()
+    head = "## Cost\n\nMultiply-accumulates of one image of 224 pixels, counted by PyTorch. How fast that is on your "
+    head += f"machine: `evovit bench {COUNTED} --method {name}`.\n\n"
+    found = _gmacs(name)
+    if found is None:
+        return ""
+    rows = [("dense", dense), ("default options", found)]
+    rows += [(f"at a share of {share:g}", gmacs) for share in SHARES if (gmacs := _gmacs(name, share))]
+    lines = [f"| {what} | {gmacs:.2f} | {gmacs / dense:.0%} |" for what, gmacs in rows]
+    return head + "\n".join(["| DeiT-S | GMACs | of dense |", "|---|--:|--:|", *lines])
+
+
+@cache
+def _on_meta(name: str) -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(name)
+
+
+@cache
+def _dense_gmacs() -> float:
+    return evovit.gmacs(_on_meta(COUNTED), (3, 224, 224))
+
+
+@cache
+def _gmacs(name: str, share: float | None = None) -> float | None:
+    """Return GMACs, None where the method does not take the host, or no share."""
+    try:
+        with torch.device("meta"):
+            reduced = evovit.reduce_tokens(_on_meta(COUNTED), name, verify=False)
+            if share is not None:
+                reduced.budget = share
+        return evovit.gmacs(reduced, (3, 224, 224))
+    except EvoViTError:
+        return None
+
+
+def _own_parameters(name: str) -> int:
+    cls = find_method(name)
+    try:
+        with torch.device("meta"):
+            method = cls(build_config(cls, {}), adapt(_on_meta(COUNTED)).spec)
+    except EvoViTError:
+        return 0
+    return sum(p.numel() for p in method.parameters())
+
+
+# pictures
+
+
+@cache
+def _pictured(name: str) -> tuple[nn.Module, Photographs, Tensor]:
+    """Return a host of random weights, the prepared photographs, and their colours."""
+    torch.manual_seed(0)
+    host = timm.create_model(name).eval()
+    host = host.model if isinstance(host, ReducedViT) else host
+    preprocessing = preprocessing_of(host)
+    photographs = read_samples(preprocessing)
+    mean, std = (torch.tensor(preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
+    return host, photographs, (photographs.images * std + mean).clamp(0, 1)
+
+
+def picture(name: str) -> bytes | None:
+    """Return what a method makes of scikit-learn's two photographs, PNG; None where there is nothing to draw."""
+    cls = find_method(name)
+    for host_name in (PICTURED, STAGED):
+        host, photographs, colours = _pictured(host_name)
+        try:
+            reduced = evovit.reduce_tokens(host, name, verify=False).eval()
+        except EvoViTError:
+            continue
+        if cls.merges:
+            return _drawn(colours, _groups(reduced, photographs.images, colours))
+        kept = kept_patches(reduced, photographs.images)
+        return _drawn(colours, _shaded(kept, colours)) if cls.keeps_places and not kept.all() else None
+    return None
+
+
+def _shaded(kept: Tensor, colours: Tensor) -> dict[int, list[Tensor]]:
+    return {
+        block: [shade(colour, each[block]) for colour, each in zip(colours, kept, strict=True)]
+        for block in _chosen(kept.shape[1])
+    }
+
+
+@torch.inference_mode()
+def _groups(reduced: ReducedViT, images: Tensor, colours: Tensor) -> dict[int, list[Tensor]]:
+    """Return the photographs with every patch in the mean colour of those it was merged with."""
+    trace = reduced.run(images, record=True).trace
+    grid = trace[0].grid
+    side = colours.shape[2] // grid[0]
+    cells = torch.nn.functional.avg_pool2d(colours, side).flatten(2)  # (B, 3, cells)
+    found = {}
+    for block in _chosen(len(trace)):
+        rows = reduced.method.row_of_cell(trace[block], grid)  # (B, cells)
+        same = (rows[:, :, None] == rows[:, None]).float()
+        means = cells @ same / same.sum(1, keepdim=True)
+        means, single, gone = (
+            torch.nn.functional.interpolate(each.float().unflatten(2, grid), size=colours.shape[2:])
+            for each in (means, same.sum(1, keepdim=True) == 1, (rows < 0)[:, None])
+        )
+        found[block] = list(torch.where(single > 0, colours, means) * (1 - (1 - DIM) * gone))
+    return found
+
+
+def _chosen(depth: int) -> list[int]:
+    return sorted({round(part * (depth - 1) / COLUMNS) for part in range(1, COLUMNS + 1)})
+
+
+def _drawn(colours: Tensor, seen: dict[int, list[Tensor]]) -> bytes:
+    figure = Figure(figsize=(1.75 * (len(seen) + 1), 1.85 * len(colours)), layout="constrained")
+    figure.patch.set_alpha(0)
+    panels = figure.subplots(len(colours), len(seen) + 1, squeeze=False)
+    titles = ["photograph", *(f"after block {block}" for block in seen)]
+    for i, colour in enumerate(colours):
+        for panel, shown, title in zip(panels[i], [colour, *(each[i] for each in seen.values())], titles, strict=True):
+            panel.imshow(np.asarray(shown.permute(1, 2, 0)))
+            panel.set_axis_off()
+            if i == 0:
+                panel.set_title(title, fontsize=11, color=GREY)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+
+def picture_section(name: str, has_picture: bool) -> str:
+    """Return the section with the picture, and how to read it."""
+    if not has_picture:
+        return ""
+    merges = find_method(name).merges
+    rule = "patches that were merged have their mean colour" if merges else "dark patches take no part"
+    return (
+        f"## What it does to a photograph\n\n[![{name}, block by block]({name}.png)]({name}.png)\n\n"
+        f"The photographs are scikit-learn's; {rule}. Drawn when this page was built, with default options on a\n"
+        "DeiT-T with random weights: it shows how tokens are treated, not what a trained model looks at.\n"
+        f"[`evovit analyse`](../analysis.md) draws your own model.\n"
+    )
+
+
+def first_picture() -> str:
+    """Return the picture of the first page, which is in docs/."""
+    return (
+        "[![Evo-ViT, block by block](methods/evo_vit.png)](methods/evo_vit.md)\n\n"
+        "*Two photographs, block by block: dark patches take no part. [Its page](methods/evo_vit.md) says how it was drawn.*"
+    )
