@@ -1,4 +1,4 @@
-"""The docs: links lead somewhere, every public name has a page, every argument a meaning, numbers of versions agree."""
+"""The docs: links lead somewhere, every public name has a page, every argument and option a meaning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from evovit.options import describe
 from evovit.recipe.tables import TABLES
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "docs" / "tutorials").glob("*.py")])
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "docs" / "tutorials").glob("*.py")]
+)
 FENCED = re.compile(r"^(```+).*?^\1", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -52,7 +54,9 @@ def anchors_of(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
-    made = {ROOT / "docs" / "tutorials" / f"{path.stem}.md" for path in (ROOT / "docs" / "tutorials").glob("*.py")}
+    made = {
+        ROOT / "docs" / "tutorials" / f"{path.stem}.md" for path in (ROOT / "docs" / "tutorials").glob("*.py")
+    }
     for link in LINK.findall(text_of(page)):
         target, _, anchor = link.partition("#")
         if ":" in target:
@@ -68,7 +72,12 @@ def test_every_page_of_a_method_is_that_of_a_method_and_says_what_is_asked_first
         if page.stem != "index":
             assert page.stem in list_methods(), page.name
             text = page.read_text(encoding="utf-8")
-            for part in ("## When to take it", "<!-- site: facts -->", "<!-- site: options -->", "<!-- site: cost -->"):
+            for part in (
+                "## When to take it",
+                "<!-- site: facts -->",
+                "<!-- site: options -->",
+                "<!-- site: cost -->",
+            ):
                 assert part in text, f"{page.name} lacks {part}"
 
 
@@ -77,7 +86,9 @@ def test_every_public_name_has_a_page_and_a_first_line(site: ModuleType) -> None
     for name in evovit.__all__:
         if name != "__version__":
             assert f"::: evovit.{name}" in pages[f"reference/{name}.md"]
-            assert re.search(rf"^\| \[`evovit\.{name}`\]\({name}\.md\) \| \S.+ \|$", table, re.MULTILINE), name
+            assert re.search(rf"^\| \[`evovit\.{name}`\]\({name}\.md\) \| \S.+ \|$", table, re.MULTILINE), (
+                name
+            )
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -11,6 +11,8 @@ from typing import ClassVar
 
 import timm
 import torch
+
+import evovit
 from evovit.backbones.base import BackboneSpec, Block
 from evovit.methods import register
 from evovit.methods.base import Method
@@ -18,8 +20,6 @@ from evovit.ops.select import keep_rows, split_top
 from evovit.options import Number, Ratio, option
 from evovit.schedule import KeepSchedule
 from evovit.tokens import Tokens
-
-import evovit
 
 
 @register("smallest_keys")
@@ -75,10 +75,14 @@ except evovit.EvoViTError as error:
 with torch.inference_mode():
     whole = evovit.reduce_tokens(host, "smallest_keys", **SmallestKeys.keep_all)
     assert torch.allclose(whole(images), host(images), atol=1e-5)  # nothing reduced: the host, exactly
-    assert torch.allclose(fast(images)[:1], fast(images[:1]), atol=1e-5)  # an image does not depend on its batch
+    assert torch.allclose(
+        fast(images)[:1], fast(images[:1]), atol=1e-5
+    )  # an image does not depend on its batch
 program = torch.export.export(fast, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 with torch.inference_mode():
-    assert torch.allclose(program.module()(images[:1].repeat(3, 1, 1, 1)), fast(images[:1]).repeat(3, 1), atol=1e-5)
+    assert torch.allclose(
+        program.module()(images[:1].repeat(3, 1, 1, 1)), fast(images[:1]).repeat(3, 1), atol=1e-5
+    )
 fast.train()(images).sum().backward()
 assert all(p.grad is not None for p in fast.parameters())  # every parameter learns
 fast.eval()

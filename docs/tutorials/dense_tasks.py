@@ -13,7 +13,9 @@ from torch import nn
 import evovit
 
 torch.manual_seed(0)
-host = timm.create_model("vit_tiny_patch16_224", img_size=96, patch_size=8, depth=6, embed_dim=96, num_heads=3, num_classes=0)
+host = timm.create_model(
+    "vit_tiny_patch16_224", img_size=96, patch_size=8, depth=6, embed_dim=96, num_heads=3, num_classes=0
+)
 fast = evovit.reduce_tokens(host, "evo_vit", keep_ratio=0.5, start_block=2, stage_length=2)
 backbone = evovit.features(fast, out_indices=(2, 5))
 scenes = evovit.digit_scenes("train", 64, size=96)
@@ -67,7 +69,9 @@ from evovit.data.digits import colours
 
 figure, panels = plt.subplots(3, 4, figsize=(8, 6), layout="constrained")
 for image, truth, mask, column in zip(colours(test.images), test.masks, found, panels.T, strict=False):
-    for panel, shown, title in zip(column, (image.permute(1, 2, 0), truth, mask), ("scene", "digit", "found"), strict=True):
+    for panel, shown, title in zip(
+        column, (image.permute(1, 2, 0), truth, mask), ("scene", "digit", "found"), strict=True
+    ):
         panel.imshow(shown, cmap="gray")
         panel.set_title(title)
         panel.axis("off")
@@ -79,7 +83,11 @@ for image, truth, mask, column in zip(colours(test.images), test.masks, found, p
 # cell holds its last value (`restore="hold"`), or that of the token it was merged into (`"unmerge"`).
 
 # %%
-for name, options in (("evo_vit", {"start_block": 2, "stage_length": 2}), ("tome", {"r": 12}), ("keep", {"blocks": (2, 4)})):
+for name, options in (
+    ("evo_vit", {"start_block": 2, "stage_length": 2}),
+    ("tome", {"r": 12}),
+    ("keep", {"blocks": (2, 4)}),
+):
     reduced = evovit.reduce_tokens(host, name, **options).eval()
     (stale,) = evovit.stale_share(reduced, test.images[:8], [5], older_than=2)
     print(f"{name}: {stale:.0%} of the cells are older than the last two blocks")

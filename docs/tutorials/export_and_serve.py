@@ -63,10 +63,13 @@ logits.shape
 # %%
 several = evovit.reduce_tokens(model, "evo_vit", start_block=2, stage_length=2, budgets=(1.0, 0.7, 0.4))
 several.warm_budgets(images)
-for several.budget in several.budgets:
+for budget in several.budgets:
+    several.budget = budget
     with torch.inference_mode():
         answer = several(images)
-    print(f"budget {several.budget}: {evovit.gmacs(several, (3, 96, 96)):.3f} GMACs, logits {tuple(answer.shape)}")
+    print(
+        f"budget {several.budget}: {evovit.gmacs(several, (3, 96, 96)):.3f} GMACs, logits {tuple(answer.shape)}"
+    )
 
 # %% [markdown]
 # [Serving by deadline](../../examples/serve_by_deadline.py) is a program that picks the largest budget with which no waiting request

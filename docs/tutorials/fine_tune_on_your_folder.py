@@ -93,19 +93,21 @@ Path("mine.toml").write_text(recipe)
 # [what a run folder holds](../training.md#what-a-run-folder-holds). `evovit report runs` lays runs side by side.
 #
 # ## Use it
+#
+# `load_reduced("runs/evo/model")` builds a model of timm's or transformers' by itself; this one was made with an option of
+# ours, so it is handed over.
 
 # %%
+import timm
 import torch
+from timm.data import create_transform
 
 import evovit
 
-torch.manual_seed(0)
-fast = evovit.load_reduced("runs/evo/model").eval()
+fast = evovit.load_reduced("runs/evo/model", timm.create_model("small_vit", depth=4)).eval()
 classes = sorted(folder.name for folder in Path("images/val").iterdir())
 some = sorted(Path("images/val").glob("*/*.png"))[::40]
-from timm.data import create_transform
-
-prepare = create_transform(48, crop_pct=0.875)
+prepare = create_transform(48, crop_pct=0.875)  # as the recipe's test images
 with torch.inference_mode():
     found = fast(torch.stack([prepare(Image.open(path).convert("RGB")) for path in some])).argmax(1)
 for path, number in zip(some, found.tolist(), strict=True):

@@ -67,7 +67,9 @@ assert model.method.mode == "stage"
 from evovit.recipe.tables import ObjectiveTable
 from evovit.train.objective import Objective
 
-teacher = nn.Sequential(nn.Conv2d(3, 8, 5, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+teacher = nn.Sequential(
+    nn.Conv2d(3, 8, 5, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+)
 goal = ObjectiveTable(distillation="hard", label_smoothing=0.1)
 
 
@@ -175,10 +177,19 @@ class Progress(TrainerCallback):
         model.objective.model.method.set_progress(1.0)
 
 
-samples = [{"images": image, "labels": label} for image, label in zip(scenes.images, scenes.labels, strict=True)]
+samples = [
+    {"images": image, "labels": label} for image, label in zip(scenes.images, scenes.labels, strict=True)
+]
 arguments = TrainingArguments(
-    "trainer", per_device_train_batch_size=32, num_train_epochs=2, learning_rate=1e-3, save_strategy="no",
-    report_to=[], use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
+    "trainer",
+    per_device_train_batch_size=32,
+    num_train_epochs=2,
+    learning_rate=1e-3,
+    save_strategy="no",
+    report_to=[],
+    use_cpu=True,
+    disable_tqdm=True,
+    dataloader_pin_memory=False,
 )
 trainer = Trainer(WithLoss(), arguments, train_dataset=samples, callbacks=[Progress()])
 print(f"loss {trainer.train().training_loss:.2f}")

@@ -44,7 +44,9 @@ print(fast_logits.shape, "first class kept:", (dense_logits.argmax(1) == fast_lo
 
 # %%
 assert fast.model is model
-print(f"{evovit.gmacs(model, (3, 224, 224)):.2f} GMACs dense, {evovit.gmacs(fast, (3, 224, 224)):.2f} reduced")
+print(
+    f"{evovit.gmacs(model, (3, 224, 224)):.2f} GMACs dense, {evovit.gmacs(fast, (3, 224, 224)):.2f} reduced"
+)
 
 # %% [markdown]
 # ## How much faster?
@@ -95,8 +97,9 @@ except evovit.EvoViTError as error:
 # The speed of a reduced model may be changed while it serves: `budget` is the keep ratio in force.
 
 # %%
-for evo.budget in (1.0, 0.7, 0.3):
-    print(f"budget {evo.budget}: {evovit.gmacs(evo, (3, 224, 224)):.2f} GMACs")
+for budget in (1.0, 0.7, 0.3):
+    evo.budget = budget
+    print(f"budget {budget}: {evovit.gmacs(evo, (3, 224, 224)):.2f} GMACs")
 
 # %% [markdown]
 # With your photographs, the command `evovit tune MODEL --target 1.5x --images FOLDER` finds the schedule with the least

@@ -11,7 +11,9 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 import evovit
 
 torch.manual_seed(0)
-config = ViTConfig(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, num_labels=10)
+config = ViTConfig(
+    hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, num_labels=10
+)
 model = ViTForImageClassification(config).eval()
 
 # %% [markdown]
@@ -24,7 +26,9 @@ images = torch.randn(2, 3, 224, 224)
 with torch.inference_mode():
     answer = fast(pixel_values=images, labels=torch.tensor([1, 2]))
 print(type(answer).__name__, answer.logits.shape, f"loss {answer.loss:.2f}")
-print(f"{evovit.gmacs(model, (3, 224, 224)):.2f} GMACs dense, {evovit.gmacs(fast, (3, 224, 224)):.2f} reduced")
+print(
+    f"{evovit.gmacs(model, (3, 224, 224)):.2f} GMACs dense, {evovit.gmacs(fast, (3, 224, 224)):.2f} reduced"
+)
 
 # %% [markdown]
 # ## In a pipeline
@@ -45,7 +49,9 @@ classify(photograph)
 # %%
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-siglip = SiglipVisionModel(SiglipVisionConfig(hidden_size=96, intermediate_size=192, num_hidden_layers=6, num_attention_heads=3)).eval()
+siglip = SiglipVisionModel(
+    SiglipVisionConfig(hidden_size=96, intermediate_size=192, num_hidden_layers=6, num_attention_heads=3)
+).eval()
 try:
     evovit.reduce_tokens(siglip, "evo_vit")
 except evovit.EvoViTError as error:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 from functools import cache
-from typing import Any
 
 import numpy as np
 import timm
 import torch
 from matplotlib.figure import Figure
+from reference import option_list, plain
 from torch import Tensor, nn
 
 import evovit
@@ -20,7 +20,6 @@ from evovit.errors import EvoViTError
 from evovit.methods import build_config, find_method, list_methods
 from evovit.model import ReducedViT
 from evovit.visualize import DIM, kept_patches, shade
-from reference import plain, option_list
 
 PICTURED = "deit_tiny_patch16_224"  # of random weights: nothing is downloaded
 STAGED = "evo_levit_128s_224"
@@ -67,7 +66,9 @@ def facts(name: str) -> str:
     own = _own_parameters(name)
     rows = {kind: _verdict(name, host) for kind, host in KINDS.items()} | {
         "Parameters it adds to a DeiT-S": f"{own:,}" if own else "none",
-        "After the last block": "every patch has its token" if cls.keeps_grid else "fewer tokens than patches",
+        "After the last block": "every patch has its token"
+        if cls.keeps_grid
+        else "fewer tokens than patches",
     }
     return "\n".join(["## Where it runs\n", *(f"- **{what}**: {says}" for what, says in rows.items())])
 
@@ -89,13 +90,15 @@ def options(name: str) -> str:
 def cost(name: str) -> str:
     """Return the multiply-accumulates of a DeiT-S with a method, by default and at a few shares."""
     dense = _dense_gmacs()
-    head = "## Cost\n\nMultiply-accumulates of one image of 224 pixels, counted by PyTorch. How fast that is on your "
-    head += f"machine: `evovit bench {COUNTED} --method {name}`.\n\n"
+    head = (
+        "## Cost\n\nMultiply-accumulates of one image of 224 pixels, counted by PyTorch. How fast that is on "
+    )
+    head += f"your machine: `evovit bench {COUNTED} --method {name}`.\n\n"
     found = _gmacs(name)
     if found is None:
         return ""
     rows = [("dense", dense), ("default options", found)]
-    rows += [(f"at a share of {share:g}", gmacs) for share in SHARES if (gmacs := _gmacs(name, share))]
+    rows += [(f"budget {share:g}", gmacs) for share in SHARES if (gmacs := _gmacs(name, share))]
     lines = [f"| {what} | {gmacs:.2f} | {gmacs / dense:.0%} |" for what, gmacs in rows]
     return head + "\n".join(["| DeiT-S | GMACs | of dense |", "|---|--:|--:|", *lines])
 
@@ -150,7 +153,7 @@ def _pictured(name: str) -> tuple[nn.Module, Photographs, Tensor]:
 
 
 def picture(name: str) -> bytes | None:
-    """Return what a method makes of scikit-learn's two photographs, PNG; None where there is nothing to draw."""
+    """Return what a method makes of scikit-learn's photographs, PNG; None if there is nothing to draw."""
     cls = find_method(name)
     for host_name in (PICTURED, STAGED):
         host, photographs, colours = _pictured(host_name)
@@ -202,7 +205,9 @@ def _drawn(colours: Tensor, seen: dict[int, list[Tensor]]) -> bytes:
     panels = figure.subplots(len(colours), len(seen) + 1, squeeze=False)
     titles = ["photograph", *(f"after block {block}" for block in seen)]
     for i, colour in enumerate(colours):
-        for panel, shown, title in zip(panels[i], [colour, *(each[i] for each in seen.values())], titles, strict=True):
+        for panel, shown, title in zip(
+            panels[i], [colour, *(each[i] for each in seen.values())], titles, strict=True
+        ):
             panel.imshow(np.asarray(shown.permute(1, 2, 0)))
             panel.set_axis_off()
             if i == 0:
@@ -210,7 +215,6 @@ def _drawn(colours: Tensor, seen: dict[int, list[Tensor]]) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
-
 
 
 def picture_section(name: str, has_picture: bool) -> str:
@@ -221,9 +225,9 @@ def picture_section(name: str, has_picture: bool) -> str:
     rule = "patches that were merged have their mean colour" if merges else "dark patches take no part"
     return (
         f"## What it does to a photograph\n\n[![{name}, block by block]({name}.png)]({name}.png)\n\n"
-        f"The photographs are scikit-learn's; {rule}. Drawn when this page was built, with default options on a\n"
-        "DeiT-T with random weights: it shows how tokens are treated, not what a trained model looks at.\n"
-        f"[`evovit analyse`](../analysis.md) draws your own model.\n"
+        f"The photographs are scikit-learn's; {rule}. Drawn when this page was built, with default options "
+        "on a DeiT-T with random weights: it shows how tokens are treated, not what a trained model looks at. "
+        "[`evovit analyse`](../analysis.md) draws your own model.\n"
     )
 
 
@@ -231,5 +235,6 @@ def first_picture() -> str:
     """Return the picture of the first page, which is in docs/."""
     return (
         "[![Evo-ViT, block by block](methods/evo_vit.png)](methods/evo_vit.md)\n\n"
-        "*Two photographs, block by block: dark patches take no part. [Its page](methods/evo_vit.md) says how it was drawn.*"
+        "*Two photographs, block by block: dark patches take no part. How it was drawn is on "
+        "[the method's page](methods/evo_vit.md).*"
     )

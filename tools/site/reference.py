@@ -51,16 +51,17 @@ def python_pages() -> dict[str, str]:
     lines[-1] += "[add a method](../adding_a_method.md), [add a host](../adding_a_backbone.md).\n"
     operators = tuple(f"ops.{module.name}" for module in iter_modules([str(SOURCE / "ops")]))
     for title, parts in (AUTHORS | {"Operators": operators}).items():
-        lines += [f"## {title}\n", *(f"::: evovit.{part}\n    options:\n      heading_level: 3\n" for part in parts)]
+        lines += [
+            f"## {title}\n",
+            *(f"::: evovit.{part}\n    options:\n      heading_level: 3\n" for part in parts),
+        ]
     return pages | {"reference/authors.md": "\n".join(lines)}
 
 
 def python_table() -> str:
     """Return the table of public names, each with the first line of its docstring."""
     module = griffe.load("evovit", search_paths=[SOURCE.parent])
-    rows = [
-        f"| [`evovit.{name}`]({name}.md) | {_first_line(module[name])} |" for name in public_names()
-    ]
+    rows = [f"| [`evovit.{name}`]({name}.md) | {_first_line(module[name])} |" for name in public_names()]
     return "\n".join(["| name | what it is |", "|---|---|", *rows])
 
 
@@ -144,7 +145,11 @@ def option_list(kind: Any) -> str:
     from evovit.options import describe
 
     entries = [
-        _entry(each.name, [f"`{each.default}`" if each.default else "has to be given", each.allowed], each.meaning)
+        _entry(
+            each.name,
+            [f"`{each.default}`" if each.default else "has to be given", each.allowed],
+            each.meaning,
+        )
         for each in describe(kind)
     ]
     return "\n".join(entries) or "It has no options."

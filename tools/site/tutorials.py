@@ -1,7 +1,7 @@
 """A tutorial: a Python file of cells, which becomes a notebook, is run, and becomes a page.
 
-Cells begin with `# %%`, or `# %% [markdown]` for text in comment lines, as editors and Jupytext know them. A cell
-whose lines begin with `# !` holds commands of the shell, and a line `# %matplotlib` is IPython's.
+Cells begin with `# %%`, or `# %% [markdown]` for text in comment lines, as editors and Jupytext know them.
+A cell whose lines begin with `# !` holds commands of the shell, and a line `# %matplotlib` is IPython's.
 """
 
 from __future__ import annotations
