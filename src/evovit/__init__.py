@@ -34,6 +34,7 @@ Run road: recipe -> numbers
   train        the training of one recipe: build, objective, loop, checkpoints, records
   tuning       a wished speed to a schedule: latency and sensitivity tables, search
   study        several recipes trained, tested and timed side by side
+  look         one photograph, dense and reduced: what each block keeps, answers, costs
   report       tables, plots and pages
   commands     one file a command
   cli          the command line
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from evovit.model import reduce_tokens as reduce_tokens
     from evovit.models import create_model as create_model
     from evovit.models import list_models as list_models
+    from evovit.report.show import show as show
     from evovit.slimming import StructuredMasks as StructuredMasks
     from evovit.slimming import slim as slim
     from evovit.tokens import Outputs as Outputs
@@ -102,6 +104,7 @@ _HOMES = {  # a name is imported from its module when it is first asked for
     "reduce_tower": "towers",
     "restore_tower": "towers",
     "save_reduced": "checkpoints.reduced",
+    "show": "report.show",
     "slim": "slimming",
     "stale_share": "feature_maps",
     "train_recipe": "train.run",

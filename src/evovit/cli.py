@@ -22,6 +22,7 @@ COMMANDS = {
     "calibrate": "find the patches a model can do without, on unlabelled images",
     "export": "write a model for ONNX Runtime, OpenVINO or PyTorch, and prove the file",
     "tune": "say how fast; the schedule with the least damage is searched and measured",
+    "show": "see on your own photographs what each block keeps, dense and reduced answers side by side",
     "analyse": "show what a model attends to and keeps: the paper's figures 2, 4 and 5",
     "train": "train a recipe; the same command again goes on where it stopped",
     "compare": "train recipes under equal budgets and lay them side by side",
@@ -45,7 +46,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "first steps: evovit quickstart, evovit bench deit_small_patch16_224 --keep-ratio 0.5",
+            "first steps: evovit quickstart, evovit show photo.jpg, evovit bench deit_small_patch16_224",
         ]
     )
 

@@ -11,20 +11,18 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from evovit.bench.row import Measured, Row, rows_of
-from evovit.bench.setting import Setting, Variant
-from evovit.bench.step import Batch, prepare
-from evovit.bench.timing import interleave
+from evovit.bench.row import Row
+from evovit.bench.setting import Variant
+from evovit.bench.timing import in_turn
 from evovit.data.images import Images
 from evovit.errors import EvoViTError, printable
-from evovit.macs import gmacs
 from evovit.methods import DENSE, find_method
 from evovit.model import ReducedViT, backbone_of
 from evovit.recipe.reading import check_different, parse_recipe, read_recipe
 from evovit.recipe.tables import Recipe
 from evovit.runtime.world import World
 from evovit.train.build import colours_of, open_run
-from evovit.train.evaluate import evaluate
+from evovit.train.evaluate import Accuracy, evaluate
 from evovit.train.run import train_model
 from evovit.visualize import several_classes
 
@@ -57,6 +55,7 @@ class Standing(NamedTuple):
     model: nn.Module  # of the last seed, trained, in evaluation mode
     before: list[float]  # top-1 % per seed, as it starts, untrained
     after: list[float]  # top-1 % per seed, after its training
+    right: list[Tensor]  # (test images,) bool per seed, after its training
 
 
 class Shown(NamedTuple):
@@ -117,7 +116,7 @@ def _recipe(path: Path, overrides: Sequence[str], dense: str, seed: int) -> Reci
 
 def hold(contestant: Contestant, world: World, console: Console) -> Standing:
     """Train every run of a contestant; test each as it starts and after its training."""
-    before, after = [], []
+    before, after = [], list[Accuracy]()
     for recipe, folder in contestant.runs:
         images, model = open_run(recipe)
         model = model.to(world.device)
@@ -126,28 +125,18 @@ def hold(contestant: Contestant, world: World, console: Console) -> Standing:
         before.append(evaluate(model, images, recipe, world).top1)
         if not train_model(recipe, folder, world, console, images, model):
             raise SystemExit  # SIGTERM asked to stop, and this has been said
-        after.append(evaluate(model, images, recipe, world).top1)
+        after.append(evaluate(model, images, recipe, world))
     method = contestant.recipe.method
-    return Standing(contestant.name, str(Variant(method.name, method.options)), model.eval(), before, after)
+    what = str(Variant(method.name, method.options))
+    top1, right = [each.top1 for each in after], [each.right for each in after]
+    return Standing(contestant.name, what, model.eval(), before, top1, right)
 
 
 def measure(found: Sequence[Standing], world: World, engine: str, batch: int, rounds: int) -> list[Row]:
     """Time the models in turn; the first is the dense one."""
-    device = world.device.type
-    setting = Setting(model=found[0].name, device=device, batch=batch, engines=(engine,), rounds=rounds)
     shape = backbone_of(found[0].model).image_shape
-    torch.compiler.reset()
     images = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(world.device)
-    batches = [Batch(images, torch.zeros(batch, dtype=torch.int64, device=world.device))]
-    measured = []
-    for i, each in enumerate(found):
-        timed_step = prepare(each.model, (engine,), "fp32", batches, False, f"variant_{i}")[0]
-        if timed_step.step is None:
-            raise EvoViTError(f"{each.name} cannot be timed with engine {engine}: {timed_step.skipped}.")
-        variant = Variant(each.name if i else DENSE)
-        measured.append(Measured(variant, timed_step, gmacs(each.model, shape)))
-    interleave(measured, setting)
-    return rows_of(setting, shape[-1], measured)
+    return in_turn({each.name: each.model for each in found}, images, engine, rounds)
 
 
 def shown_images(recipe: Recipe, images: Images, model: nn.Module, world: World, count: int) -> Shown:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from evovit.errors import check_kind, printable
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DIM = 0.25  # brightness left of a patch that is not kept
+GREY = 217  # of a patch without a value
 LINE, LONGEST = 24, 72  # characters of a name in a picture: of a line, of all
 
 
@@ -177,3 +180,128 @@ def draw_side_by_side(images: Tensor, kept: dict[str, Tensor], titles: Sequence[
             if i == 0 or panel is panels[i][0]:
                 panel.set_title(plain(name), fontsize=8)
     return figure
+
+
+def overlay(picture: Image.Image, kept: Tensor, groups: Tensor | None = None) -> Image.Image:
+    """Return a picture of what one block keeps: patches that take no part are dark and grey.
+
+    Args:
+        picture: RGB, what the model sees.
+        kept: (rows, columns) bool; where none is kept, no token has a place and nothing is darkened.
+        groups: (rows, columns) int64, equal numbers are one token, -1: none; each group of several patches
+            gets its mean colour and an outline in a colour of its own. `kept` then does not matter.
+    """
+    colours = numpy.asarray(picture, dtype=numpy.float32)
+    if groups is None:
+        return _as_picture(_darkened(colours, _per_pixel(kept, picture)) if kept.any() else colours)
+    cells = _per_pixel(groups, picture)
+    names, label = numpy.unique(cells, return_inverse=True)
+    label = label.reshape(cells.shape)
+    members = numpy.array([int((groups == name).sum()) for name in names.tolist()])
+    pixels = numpy.bincount(label.ravel())
+    means = numpy.stack(
+        [numpy.bincount(label.ravel(), colours[..., part].ravel()) / pixels for part in range(3)], 1
+    )
+    several = (members > 1)[label][..., None]
+    drawn = numpy.where(several, means[label], colours)
+    drawn = _darkened(drawn, cells >= 0)
+    width = max(1, max(picture.size) // 300)
+    edge = _edges(label, width) & (several[..., 0] | _edges(several[..., 0], width))
+    drawn[edge] = numpy.array([_hue(name) for name in names.tolist()])[label][edge]
+    return _as_picture(drawn)
+
+
+def heat(picture: Image.Image, values: Tensor) -> Image.Image:
+    """Return a map over a picture, dark to bright up to the map's own largest value; NaN is grey.
+
+    Args:
+        values: (rows, columns) float.
+    """
+    from matplotlib import colormaps
+
+    known = values[~values.isnan()]
+    low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
+    shares = _per_pixel((values - low) / (high - low if high > low else 1.0), picture)
+    colours = numpy.asarray(picture, dtype=numpy.float32)
+    hot = colormaps["inferno"](numpy.nan_to_num(shares))[..., :3] * 255
+    light = colours.mean(2, keepdims=True)
+    drawn = numpy.where(numpy.isnan(shares)[..., None], GREY + 0.15 * (light - 128), 0.7 * hot + 0.3 * light)
+    return _as_picture(drawn)
+
+
+def outlined(picture: Image.Image, box: Sequence[float]) -> Image.Image:
+    """Return a picture with a red frame.
+
+    Args:
+        box: left, top, right, bottom as shares of the picture's sides.
+    """
+    framed = picture.copy()
+    corners = [share * side for share, side in zip(box, framed.size * 2, strict=True)]
+    ImageDraw.Draw(framed).rectangle(corners, outline="red", width=max(1, max(framed.size) // 120))
+    return framed
+
+
+def fitted(picture: Image.Image, side: int) -> Image.Image:
+    """Return a picture whose longer side has so many pixels."""
+    scale = side / max(picture.size)
+    size = max(1, round(scale * picture.width)), max(1, round(scale * picture.height))
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def sheet(tiles: Sequence[Image.Image], titles: Sequence[str], columns: int, side: int = 224) -> Image.Image:
+    """Return pictures side by side, with a title above each, as one picture.
+
+    Args:
+        columns: pictures in a row.
+        side: pixels of the longer side of each.
+    """
+    columns, gap = min(columns, len(tiles)), 8
+    font = ImageFont.load_default(max(12, side // 16))
+    text = 2 * font.getbbox("Ag")[3]
+    small = [fitted(tile, side) for tile in tiles]
+    wide, high = max(tile.width for tile in small) + gap, max(tile.height for tile in small) + gap + int(text)
+    whole = Image.new("RGB", (columns * wide + gap, -(-len(tiles) // columns) * high + gap), "white")
+    pen = ImageDraw.Draw(whole)
+    for number, (tile, title) in enumerate(zip(small, titles, strict=True)):
+        left, top = gap + number % columns * wide, gap + number // columns * high
+        shown = printable(title)
+        while shown and pen.textlength(shown, font) > wide - gap:
+            shown = f"{shown.removesuffix('...')[:-1]}..." if len(shown) > 4 else ""
+        pen.text((left, top + text // 6), shown, fill="black", font=font)
+        whole.paste(tile, (left, top + int(text) - 2))
+    return whole
+
+
+def _per_pixel(cells: Tensor, picture: Image.Image) -> Any:
+    """Return values (rows, columns) for each pixel, an array (height, width)."""
+    rows, columns = cells.shape
+    y = numpy.arange(picture.height) * rows // picture.height
+    x = numpy.arange(picture.width) * columns // picture.width
+    return cells.cpu().numpy()[y[:, None], x]
+
+
+def _darkened(colours: Any, kept: Any) -> Any:
+    """Return colours (height, width, 3), dark and grey where `kept` (height, width) is false."""
+    grey = colours.mean(2, keepdims=True)
+    return numpy.where(kept[..., None], colours, DIM * (0.7 * grey + 0.3 * colours))
+
+
+def _edges(label: Any, width: int) -> Any:
+    """Return where (height, width) pixels, or those `width` to the left or above, have another label."""
+    edge = numpy.zeros(label.shape, bool)
+    for step in range(1, width + 1):
+        edge[step:] |= label[step:] != label[:-step]
+        edge[:, step:] |= label[:, step:] != label[:, :-step]
+    return edge
+
+
+def _hue(name: int) -> tuple[float, float, float]:
+    """Return a colour for a number, far from those of the numbers beside it."""
+    from colorsys import hsv_to_rgb
+
+    red, green, blue = hsv_to_rgb(name * 0.618034 % 1, 0.55, 1.0)
+    return 255 * red, 255 * green, 255 * blue
+
+
+def _as_picture(colours: Any) -> Image.Image:
+    return Image.fromarray(colours.round().clip(0, 255).astype(numpy.uint8))

@@ -4,7 +4,6 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,9 +16,8 @@ from evovit.data.images import TEST_SEED
 from evovit.errors import EvoViTError
 from evovit.models.small_vit import ConvStem, small_vit
 from evovit.recipe.reading import differences
-from evovit.report.quickstart import Result
+from evovit.report.quickstart import Result, chosen_scenes
 from evovit.study import digit_recipes
-from evovit.visualize import draw_kept
 
 KEYS = (
     *("model", "method", "keep_ratio", "top1", "gmacs", "images_per_second", "train_seconds", "parameters"),
@@ -48,29 +46,49 @@ def test_results_are_rows_with_the_agreed_keys(folder: Path) -> None:
 
 def test_the_report_is_one_file_that_fetches_nothing(folder: Path) -> None:
     html = (folder / "report.html").read_text()
-    assert "http" not in re.sub('base64,[^"]*', "", html) and "src=" in html
-    assert html.count('src="data:image/png;base64,') == html.count("src=") == 2
+    bare = re.sub('base64,[^"]*', "", html)
+    assert "http" not in bare and html.count("src=") == html.count('src="data:image/jpeg;base64,') > 10
     assert "<script" not in html and "<link" not in html
 
 
 def test_pictures_are_written_and_nothing_temporary_stays(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
-    runs = {"dense", "evo_vit"}
-    assert names == runs | {"results.json", "report.html", "accuracy_speed.png", "kept_patches.png"}
+    assert names == {"dense", "evo_vit", "results.json", "report.html", "kept_patches.png"}
     assert (folder / "kept_patches.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_pictures_show_different_digits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
+def test_the_page_shows_a_few_different_digits_and_only_blocks_that_select(folder: Path) -> None:
+    html = (folder / "report.html").read_text()
+    digits = re.findall(r"<h3>digit (\d): (?:both answer|dense answers)", html)
+    assert len(digits) == 4 and len({*digits}) >= 3
+    shown = re.findall(r"<figcaption>(blocks \d to \d)<span>(\d+) of 64 patches", html)
+    assert {name for name, _ in shown} <= {"blocks 2 to 4", "blocks 5 to 7", "blocks 2 to 7"}
+    assert {kept for _, kept in shown} == {"32"} and len(shown) >= 6  # of four scenes and two photographs
+    assert html.count("<span>the score it selects by") == html.count("<span>what the model sees") == 6
+    assert html.count("<figcaption>") == len(shown) + 12
 
-    def noted(images: Any, kept: Any, boxes: Any, titles: list[str]) -> Any:
-        seen.extend(titles)
-        return draw_kept(images, kept, boxes, titles)
 
-    monkeypatch.setattr("evovit.report.quickstart.draw_kept", noted)
-    quickstart(folder, epochs=1, scenes_per_epoch=32, test_scenes=20, speed_rounds=2, device="cpu")
-    digits = digit_scenes("test", 20, seed=TEST_SEED).labels.unique().tolist()
-    assert len(seen) == 10 and {*seen} == {f"digit {digit}" for digit in digits}
+def test_the_page_says_how_sure_it_is_and_what_to_do_next(folder: Path) -> None:
+    html, (dense, evo) = (
+        (folder / "report.html").read_text(),
+        json.loads((folder / "results.json").read_text()),
+    )
+    error = (dense["top1"] / 100 * (1 - dense["top1"] / 100) / 20) ** 0.5
+    assert f"{dense['top1']:.2f} ± {100 * error:.2f} %" in html and "One training of each, seed 0" in html
+    widths = [float(width) for width in re.findall(r'class="fill s\d" style="width: ([\d.]+)%"', html)]
+    assert widths[:2] == pytest.approx([dense["top1"], evo["top1"]], abs=0.01)  # from 0 to 100, no cut axis
+    assert widths[2:4] == pytest.approx([100, 100 * evo["gmacs"] / dense["gmacs"]], abs=0.01)
+    assert "Another machine gives other figures." in html and html.count("<pre>") == 3
+
+
+def test_the_last_scene_shown_is_one_where_the_models_differ() -> None:
+    scenes = digit_scenes("test", 12, seed=TEST_SEED)
+    ours = torch.ones(12).bool()
+    theirs = ours.clone()
+    theirs[[5, 9]] = False
+    chosen = chosen_scenes(scenes, ours, theirs)
+    assert chosen[-1] == 5 and len({*chosen}) == 4
+    assert len({*chosen_scenes(scenes, ours, ours)}) == 4
 
 
 def test_both_models_are_trained_alike_but_for_the_method() -> None:

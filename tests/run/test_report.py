@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from rich.console import Console
 
 from evovit.commands.report import report
@@ -23,7 +24,23 @@ from evovit.macs import gmacs
 from evovit.model import backbone_of
 from evovit.recipe.reading import read_recipe
 from evovit.recipe.tables import Recipe
-from evovit.report.page import Heading, Note, Paragraph, Quiet, drawn, page
+from evovit.report.page import (
+    Bar,
+    Bars,
+    Beside,
+    Command,
+    Heading,
+    Note,
+    Paragraph,
+    Part,
+    Quiet,
+    Subheading,
+    Tile,
+    Tiles,
+    drawn,
+    jpeg,
+    page,
+)
 from evovit.report.plots import Point, draw_accuracy
 from evovit.report.runs import Group, draw_curves
 from evovit.report.tables import as_csv, as_markdown, as_printed, speedup_text, spread, table
@@ -64,14 +81,29 @@ def figure() -> Figure:
 
 def test_a_page_shows_every_name_as_it_is_and_makes_no_tag_of_it() -> None:
     cells = table((EVIL, "n"), [[EVIL, "1"], ["b", "2"]], bold=[False, True])
-    parts = [*(kind(EVIL) for kind in (Paragraph, Note, Quiet, Heading)), cells, drawn(figure(), EVIL)]
+    parts: list[Part] = [
+        *(kind(EVIL) for kind in (Paragraph, Note, Quiet, Heading, Subheading)),
+        *(cells, drawn(figure(), EVIL), Command(EVIL, EVIL)),
+        Beside([Tiles([Tile(jpeg(Image.new("RGB", (2, 2)), EVIL), EVIL, EVIL)])]),
+        Bars([(EVIL, [Bar(EVIL, 0.5, EVIL)])]),
+    ]
     text = page(EVIL, parts)
     parsed = Parsed(text)
     assert "script" not in {tag for tag, _ in parsed.tags}
-    assert parsed.text.count(EVIL) == 2 + 4 + 2  # title and heading, four texts, two cells
-    (image,) = [attributes for tag, attributes in parsed.tags if tag == "img"]
-    assert image["alt"] == EVIL and (image["src"] or "").startswith("data:image/png;base64,iVBOR")
+    # title and heading, five texts, two cells, a command, a tile, a bar
+    assert parsed.text.count(EVIL) == 2 + 5 + 2 + 2 + 2 + 3
+    first, second = [attributes for tag, attributes in parsed.tags if tag == "img"]
+    assert first["alt"] == second["alt"] == EVIL and (first["src"] or "").startswith(
+        "data:image/png;base64,iVBOR"
+    )
+    assert (second["src"] or "").startswith("data:image/jpeg;base64,")
     assert [attributes.get("class") for tag, attributes in parsed.tags if tag == "tr"] == [None, None, "bold"]
+
+
+def test_bars_begin_at_zero_and_have_whiskers_where_they_are_uncertain() -> None:
+    bars = [Bar("sure", 1 / 3, "33 %"), Bar("unsure", 0.5, "50 %", 1, 0.4, 0.65)]
+    styles = [a["style"] for _, a in Parsed(page("", [Bars([("", bars)])])).tags if "style" in a]
+    assert styles == ["width: 33.33%", "width: 50.00%", "left: 40.00%; width: 25.00%"]
 
 
 def test_a_page_fetches_nothing_and_fits_a_phone() -> None:

@@ -23,7 +23,7 @@ from evovit.runtime.seeds import seed_for
 from evovit.runtime.world import World
 from evovit.train import trainer as trainer_module
 from evovit.train.build import build_model, open_run
-from evovit.train.evaluate import evaluate
+from evovit.train.evaluate import evaluate, paired
 from evovit.train.optimizers import build_optimizers, rate_at
 from evovit.train.state import numbered, read_weights
 from evovit.train.trainer import Trainer, accumulation
@@ -281,6 +281,17 @@ def test_sharded_evaluation_counts_each_image_once(tmp_path: Path, monkeypatch: 
     first, five, seen = (sum(column) for column in zip(*counts, strict=True))
     assert seen == whole.images == 41
     assert (100 * first / seen, 100 * five / seen) == pytest.approx((whole.top1, whole.top5))
+
+
+def test_paired_error_is_that_of_the_differences() -> None:
+    ours, theirs = (torch.rand(500, generator=torch.Generator().manual_seed(n)) > 0.4 for n in (0, 1))
+    theirs = torch.where(torch.arange(500) < 300, ours, theirs)  # alike in most images
+    found = paired(ours, theirs)
+    differences = ours.double() - theirs.double()
+    assert found.difference == pytest.approx(100 * differences.mean().item())
+    assert found.error == pytest.approx(100 * differences.std(correction=0).item() / 500**0.5)
+    assert found.won - found.lost == int(differences.sum())
+    assert paired(ours, ours).error == 0
 
 
 def test_eval_and_report_read_what_train_wrote(

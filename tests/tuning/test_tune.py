@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import evovit
+from evovit.backbones import read_host
 from evovit.errors import EvoViTError
 from evovit.report.tune import write_report
 from evovit.tuning.latency import LatencyTable, blank, measure_latency, row_grid
@@ -152,6 +154,34 @@ def test_what_cannot_be_met_is_said_with_the_best_found(host: nn.Module, images:
     found = tune(host, images, speedup=50.0, clock=CountingClock(), methods=("evit",), rounds=4)
     assert not found.met and found.best is not None
     assert "cannot be met here; the best found is evit" in found.sentence
+
+
+class Sluggish(CountingClock):
+    """Whole reduced models gain less than their parts promise."""
+
+    def times(
+        self, models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], rounds: int
+    ) -> dict[str, list[float]]:
+        found = super().times(models, inputs, rounds)
+        if "dense" not in found:
+            return found
+        dense = found["dense"][0]
+        return {name: [dense - 0.6 * (dense - ms) for ms in times] for name, times in found.items()}
+
+
+def test_what_only_the_fastest_schedule_meets_is_met(
+    host: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evovit.tuning.tune.ROUNDS", 1)  # no second round that would know better
+    (base,) = choose_methods(("evit",), read_host(host).spec)
+    least = min(n for n in (row - 2 for row in row_grid(1, 64)) if n > 0)
+    fastest = with_counts(base, (64, *(least,) * 3)).build(host)
+    times = Sluggish().times(
+        {"dense": host, "fastest": fastest}, dict.fromkeys(("dense", "fastest"), blank(host, 1)), 1
+    )
+    reachable = times["dense"][0] / times["fastest"][0]
+    found = tune(host, images, speedup=0.99 * reachable, clock=Sluggish(), methods=("evit",), rounds=4)
+    assert found.met, found.sentence
 
 
 def test_where_dense_is_faster_it_says_so(host: nn.Module, images: Tensor) -> None:

@@ -30,6 +30,8 @@ class Seen(NamedTuple):
     attention: Tensor  # (B, cells) float32, class attention or column mean; NaN for a cell without a token
     score: Tensor | None  # (B, cells) float32, what the method ranked by in this block; NaN as above
     kept: Tensor  # (B, cells) bool, whether a cell's own token goes on after this block
+    rows: Tensor  # (B, cells) int64, of the token that a cell is part of after the block; -1: of none
+    tokens: Tensor  # (B,) int64, patch tokens that go on, those without a place among them
     patches: Tensor  # (B, cells, C), after the block; a cell that lost its token has the last value
     prefix: Tensor  # (B, P, C), after the block
 
@@ -98,6 +100,8 @@ def watch(model: ReducedViT, images: Tensor) -> Iterator[Seen]:
                 attention=by_cell(score(qkv, tokens.num_prefix), rows),
                 score=None if ranking is None else placed(ranking.score, ranking.index, grid),
                 kept=kept_now(tokens, grid),
+                rows=present_rows(method, tokens, grid),
+                tokens=(tokens.taking_part > 0.5).sum(1),
                 patches=held,
                 prefix=tokens.prefix,
             )

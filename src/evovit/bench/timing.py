@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from evovit.bench.exported import EXPORTED
 from evovit.bench.profile import named_loops, profile, write_trace
@@ -25,7 +25,7 @@ from evovit.bench.setting import (
     place,
     random_batches,
 )
-from evovit.bench.step import Step, float32_precision, in_short, prepare
+from evovit.bench.step import DTYPES, Batch, Step, float32_precision, in_short, prepare
 from evovit.errors import EvoViTError
 from evovit.macs import gmacs
 from evovit.methods import DENSE
@@ -153,6 +153,42 @@ def interleave(measured: Sequence[Measured], setting: Setting) -> None:
             before, steps = time.process_time(), one.steps_per_round
             one.times_ms.append(timed(one.timed_step.run, turn, steps, on_cuda))
             one.cpu_ms.append((time.process_time() - before) * 1e3 / (steps + 1))
+
+
+def in_turn(
+    models: Mapping[str, nn.Module], images: Tensor, engine: str = "eager", rounds: int = 30
+) -> list[Row]:
+    """Time models in hand on the same images, in turn, where and as they are; return a row for each.
+
+    Args:
+        models: by name, the dense one first; in evaluation mode after.
+        images: (B, channels, height, width) on the models' device.
+    """
+    kind = next(parameter.dtype for parameter in next(iter(models.values())).parameters())
+    dtype = next((name for name, other in DTYPES.items() if other == kind), None)
+    if dtype is None:
+        raise EvoViTError(f"Weights of {kind} are not timed; use float32, bfloat16 or float16.")
+    device = images.device.type
+    setting = Setting(
+        model=next(iter(models)),
+        device=device,
+        dtype=dtype,
+        batch=len(images),
+        engines=(engine,),
+        rounds=rounds,
+    )
+    batches = [Batch(images.to(kind), torch.zeros(len(images), dtype=torch.int64, device=images.device))]
+    if engine != "eager":
+        torch.compiler.reset()
+    measured = []
+    for number, (name, model) in enumerate(models.items()):
+        (step,) = prepare(model, (engine,), dtype, batches, False, f"variant_{number}")
+        if step.step is None:
+            raise EvoViTError(f"{name} cannot be timed with engine {engine}: {step.skipped}.")
+        work = gmacs(model, images.shape[1:])
+        measured.append(Measured(Variant(name if number else DENSE), step, work))
+    interleave(measured, setting)
+    return rows_of(setting, images.shape[-1], measured)
 
 
 def timed(step: Step, first: int, count: int, on_cuda: bool) -> float:

@@ -56,6 +56,7 @@ def analyse(
     from evovit.data.photographs import open_photographs
     from evovit.engines.exporting import preprocessing_of
     from evovit.errors import EvoViTError, check_count
+    from evovit.look import described
     from evovit.methods import DENSE, name_of
     from evovit.model import ReducedViT, reduce_tokens
     from evovit.options import read_named
@@ -124,17 +125,6 @@ def analyse(
 def spread_blocks(depth: int) -> tuple[int, ...]:
     """Return four blocks, evenly spread, the last among them; all where there are fewer."""
     return tuple(sorted({round(part * (depth - 1) / 4) for part in range(1, 5)}))
-
-
-def described(model: ReducedViT) -> str:
-    """Return a model's method with the options that are not the defaults."""
-    from dataclasses import fields
-
-    from evovit.methods import name_of
-
-    config = model.method.current_config()
-    own = [(f.name, getattr(config, f.name)) for f in fields(config) if getattr(config, f.name) != f.default]
-    return " ".join([name_of(model.method), *(f"{name}={value}" for name, value in own)])
 
 
 def moments(

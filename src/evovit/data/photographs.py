@@ -1,14 +1,16 @@
-"""Photographs of a folder, or of those that are at hand everywhere, as a model takes them."""
+"""Photographs of a folder, one by one, or of those that are at hand everywhere, as a model takes them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from math import floor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import ImageNetInfo, create_transform
 from torch import Tensor
 
@@ -16,10 +18,14 @@ from evovit.data.digits import MEAN, STD, digit_scenes
 from evovit.data.folder import walk
 from evovit.data.images import TEST_SEED
 from evovit.data.pictures import as_rgb
-from evovit.errors import EvoViTError, printable, shown
+from evovit.errors import EvoViTError, in_one_line, printable, shown
 from evovit.runtime.files import as_path
 
 BUILT_IN = ("digits", "samples")  # digit scenes; the two photographs that come with scikit-learn
+SAMPLES = ("china", "flower")
+DRAWN_ELSEWHERE = ("EPS", "WMF")  # Pillow gives these to another program
+MOST_PIXELS = 150_000_000  # of a photograph, and of it once resized
+SHARP = 896  # pixels of the longer side of a picture to draw on
 
 
 class Photographs(NamedTuple):
@@ -27,6 +33,153 @@ class Photographs(NamedTuple):
 
     images: Tensor  # (N, 3, height, width), prepared
     titles: list[str]  # the class where it is known, else the file's name
+
+
+class Photograph(NamedTuple):
+    """One photograph."""
+
+    title: str
+    whole: Image.Image  # upright, RGB
+    seen: Image.Image  # the part of it that the model sees, at most `SHARP` pixels a side
+    image: Tensor  # (channels, height, width), as the model takes it
+    box: tuple[float, float, float, float] | None = None  # of `seen` in `whole`: left, top, right, bottom
+
+
+def open_picture(source: str | Path | IO[bytes] | Image.Image, name: str = "") -> Image.Image:
+    """Return a picture upright, as its EXIF data tell, in RGB; of several in one file the first.
+
+    Args:
+        source: a file, or an image of Pillow.
+        name: of the source in sentences; default: the file's.
+
+    Raises:
+        EvoViTError: no such file, no image that Pillow reads by itself, a damaged or a huge one.
+    """
+    if isinstance(source, str | Path):
+        source = as_path(source, "the image")
+        name = name or shown(source)
+        if not source.is_file():
+            raise EvoViTError(f"There is no file {name}; give an image, such as a JPEG or PNG file.")
+    name = name or "The image"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow: of large and of slightly damaged files
+            if isinstance(source, Image.Image):
+                return _upright(source, name)
+            Image.init()
+            with Image.open(source, formats=[k for k in Image.OPEN if k not in DRAWN_ELSEWHERE]) as opened:
+                return _upright(opened, name)
+    except Image.DecompressionBombError as error:
+        raise _too_large(name) from error
+    except UnidentifiedImageError as error:
+        raise EvoViTError(f"{name} is no image that Pillow reads; give a JPEG or PNG file.") from error
+    except (EvoViTError, MemoryError):
+        raise
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        told = f"{type(error).__name__}: {in_one_line(error)}"
+        raise EvoViTError(f"{name} cannot be read ({told}); give another image.") from error
+
+
+def _upright(image: Image.Image, name: str) -> Image.Image:
+    if image.width * image.height > MOST_PIXELS:
+        raise _too_large(name)
+    return as_rgb(ImageOps.exif_transpose(image))
+
+
+def _too_large(name: str) -> EvoViTError:
+    most = f"{MOST_PIXELS // 1_000_000} million pixels"
+    return EvoViTError(f"{name} is larger than {most}; give a smaller copy of it.")
+
+
+def prepared(picture: Image.Image, preprocessing: Mapping[str, Any], title: str = "") -> Photograph:
+    """Return a picture as a model takes it.
+
+    Args:
+        picture: from `open_picture`.
+        preprocessing: as of `read_titled`.
+    """
+    _, height, width = preprocessing["input_size"]
+    box = seen_box(picture.size, preprocessing)
+    scale = width / (box[2] - box[0]), height / (box[3] - box[1])
+    if picture.width * scale[0] * picture.height * scale[1] > MOST_PIXELS:
+        raise EvoViTError(
+            f"{title or 'The image'} has {picture.width} x {picture.height} pixels, too narrow to be resized "
+            f"to {width} x {height}; cut it first."
+        )
+    fill = tuple(round(255 * value) for value in preprocessing["mean"])
+    left, top, right, bottom = map(round, box)
+    canvas = Image.new("RGB", (max(1, right - left), max(1, bottom - top)), fill if len(fill) == 3 else 0)
+    canvas.paste(picture, (-left, -top))
+    shrink = max(width, height) / min(SHARP, max(canvas.size))
+    seen = canvas.resize(
+        (max(1, round(width / shrink)), max(1, round(height / shrink))), Image.Resampling.LANCZOS
+    )
+    return Photograph(title, picture, seen, transform_of(preprocessing)(picture), box)
+
+
+def as_photograph(image: Tensor, preprocessing: Mapping[str, Any], title: str = "") -> Photograph:
+    """Return an image (3, height, width), prepared already, with a picture of it."""
+    mean, std = (torch.tensor(preprocessing[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    colours = ((image * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    picture = Image.fromarray(colours.numpy())
+    times = max(1, SHARP // 2 // max(picture.size))
+    seen = picture.resize((times * picture.width, times * picture.height), Image.Resampling.NEAREST)
+    return Photograph(title, picture, seen, image)
+
+
+def seen_box(size: tuple[int, int], preprocessing: Mapping[str, Any]) -> tuple[float, float, float, float]:
+    """Return left, top, right, bottom of what a model sees of a picture; it may lie outside.
+
+    Args:
+        size: (width, height) of the picture in pixels.
+    """
+    _, height, width = preprocessing["input_size"]
+    part, mode = preprocessing["crop_pct"], preprocessing["crop_mode"]
+    scales = [side / floor(target / part) for side, target in zip(size, (width, height), strict=True)]
+    if mode != "squash":
+        scales = [max(scales) if mode == "border" else min(scales)] * 2
+    spans = []
+    for side, target, scale in zip(size, (width, height), scales, strict=True):
+        resized = max(1, round(side / scale))
+        first = round((resized - target) / 2) if resized >= target else -((target - resized) // 2)
+        spans.append((first * side / resized, (first + target) * side / resized))
+    (left, right), (top, bottom) = spans
+    return left, top, right, bottom
+
+
+def open_each(sources: Sequence[Any], preprocessing: Mapping[str, Any], most: int) -> Iterator[Photograph]:
+    """Yield photographs one by one: of files, of folders, built-in ones, or images of Pillow.
+
+    Args:
+        sources: each a file, a folder, one of `BUILT_IN`, or an image of Pillow.
+        most: of each folder, and of the digits.
+    """
+    for number, source in enumerate(sources):
+        if isinstance(source, Image.Image):
+            yield prepared(open_picture(source), preprocessing, f"image {number}")
+        elif source == "samples":
+            for title in SAMPLES:
+                yield prepared(sample(title), preprocessing, title)
+        elif source == "digits":
+            drawn = open_photographs("digits", preprocessing, most)
+            for image, title in zip(drawn.images, drawn.titles, strict=True):
+                yield as_photograph(image, preprocessing, title)
+        else:
+            place = as_path(source, "the image")
+            inside = (
+                [listed.place / name for listed in walk(place) for name in listed.images]
+                if place.is_dir()
+                else [place]
+            )
+            if not inside:
+                raise EvoViTError(
+                    f"{shown(place)} holds no image that Pillow reads; give another folder, or files."
+                )
+            count = min(most, len(inside))
+            for path in (
+                inside if len(inside) == 1 else (inside[len(inside) * i // count] for i in range(count))
+            ):
+                yield prepared(open_picture(path), preprocessing, printable(path.name))
 
 
 def open_photographs(what: str, preprocessing: Mapping[str, Any], most: int) -> Photographs:
@@ -54,11 +207,15 @@ def open_photographs(what: str, preprocessing: Mapping[str, Any], most: int) -> 
 
 def read_samples(preprocessing: Mapping[str, Any]) -> Photographs:
     """Return the two sample photographs of scikit-learn."""
+    prepare = transform_of(preprocessing)
+    return Photographs(torch.stack([prepare(sample(title)) for title in SAMPLES]), list(SAMPLES))
+
+
+def sample(title: str) -> Image.Image:
+    """Return a sample photograph of scikit-learn, one of `SAMPLES`."""
     from sklearn.datasets import load_sample_image
 
-    prepare, titles = transform_of(preprocessing), ["china", "flower"]
-    images = [prepare(Image.fromarray(load_sample_image(f"{title}.jpg"))) for title in titles]
-    return Photographs(torch.stack(images), titles)
+    return Image.fromarray(load_sample_image(f"{title}.jpg"))
 
 
 def read_photographs(folder: str | Path, preprocessing: Mapping[str, Any], most: int) -> Tensor:

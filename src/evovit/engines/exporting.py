@@ -21,6 +21,7 @@ from evovit.engines.openvino import OpenVino
 from evovit.engines.proof import prove
 from evovit.engines.pt2 import Pt2
 from evovit.errors import EvoViTError, check_choice, check_count, check_kind, in_one_line, shown
+from evovit.hosts.names import class_names as names_of
 from evovit.macs import gmacs
 from evovit.methods import DENSE, name_of
 from evovit.model import ReducedViT, backbone_of
@@ -108,19 +109,15 @@ def preprocessing_of(model: nn.Module, class_names: Sequence[str] = ()) -> dict[
     """Return how a photograph becomes the model's input, as timm's evaluation does it.
 
     Args:
-        class_names: of the model's classes; default: ImageNet's where the model has its 1000.
+        class_names: of the model's classes; default: those that the host or its data set tells.
     """
-    from timm.data import ImageNetInfo, resolve_data_config
+    from timm.data import resolve_data_config
 
     host = model.model if isinstance(model, ReducedViT) else model
     channels, *side = backbone_of(model).image_shape
     cfg = resolve_data_config({"input_size": (channels, *side)}, model=host)
-    classes = getattr(host, "num_classes", 0)
-    if not class_names and classes == 1000:
-        info = ImageNetInfo("imagenet-1k")
-        class_names = [info.index_to_description(number) for number in range(classes)]
     kept = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-    return {key: cfg[key] for key in kept} | {"class_names": list(class_names)}
+    return {key: cfg[key] for key in kept} | {"class_names": list(class_names) or names_of(host)}
 
 
 @dataclass(frozen=True, kw_only=True)

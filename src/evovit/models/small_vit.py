@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.layers import PatchEmbed
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from evovit.errors import check_choice
 from evovit.models.named import own_options
 
 __all__: list[str] = []  # timm's registry adds the entry points
@@ -49,18 +51,26 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int) -> Sequence[nn.Mo
 
 
 @register_model
-def small_vit(pretrained: bool = False, *, seed: int = 0, **kwargs: Any) -> VisionTransformer:
+def small_vit(
+    pretrained: bool = False, *, seed: int = 0, stem: str = "conv", **kwargs: Any
+) -> VisionTransformer:
     """Small ViT for digit scenes: 8 blocks, width 96, one token per 6 x 6 pixels, weights random from `seed`.
 
     Registers take over what a transformer otherwise stores in background patches (Darcet et al., ICLR 2024),
     so that class attention follows the digit.
+
+    Args:
+        stem: conv, or patch for the plain patch embedding of a ViT, each patch by itself.
     """
+    check_choice("stem", stem, ("conv", "patch"))
     kwargs = own_options(pretrained, kwargs, "weights of small_vit", "load_reduced(folder, model)")
     own: dict[str, Any] = {"img_size": IMAGE_SIZE, "patch_size": 6, "embed_dim": 96, "depth": 8}
     own |= {"num_heads": 6, "mlp_ratio": 3, "num_classes": 10, "global_pool": "token", "reg_tokens": 2}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = VisionTransformer(**(own | {"embed_layer": ConvStem} | kwargs))
+        model = VisionTransformer(
+            **(own | {"embed_layer": ConvStem if stem == "conv" else PatchEmbed} | kwargs)
+        )
         for name, weight in model.named_parameters():
             if name.startswith("blocks.") and weight.ndim == 2:  # timm's 0.02 is made for width 768
                 nn.init.normal_(weight, std=weight.shape[1] ** -0.5)

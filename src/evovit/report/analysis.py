@@ -65,7 +65,7 @@ def write_analysis(out: Path, found: Analysis) -> str:
     """Write analysis.html, analysis.json and the pictures; return what to print."""
     pictures = pictures_of(found)
     for name, picture in pictures.items():
-        write_bytes(out / f"{name}.png", picture.png)
+        write_bytes(out / f"{name}.png", picture.data)
     sentences = findings(found)
     write_text(out / "analysis.json", json.dumps(numbers_of(found), indent=1) + "\n")
     write_text(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,12 +14,16 @@ from evovit.report.plots import Point, draw_accuracy
 from evovit.report.tables import Table, as_csv, as_markdown, speedup_text, spread, table
 from evovit.runtime.files import write_bytes, write_text
 from evovit.study import Shown, Standing
+from evovit.train.evaluate import paired
 from evovit.visualize import draw_side_by_side, kept_patches
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLUMNS = ("run", "method", "GMACs", "ceiling", "speed-up", "top-1 % before", "top-1 % after", "of dense")
+COLUMNS = (
+    *("run", "method", "GMACs", "ceiling", "speed-up", "top-1 % before", "top-1 % after"),
+    *("of dense", "paired error"),
+)
 
 
 def write_report(out: Path, found: Sequence[Standing], speeds: Sequence[Row], shown: Shown) -> str:
@@ -35,8 +40,8 @@ def write_report(out: Path, found: Sequence[Standing], speeds: Sequence[Row], sh
     accuracy = drawn(draw_accuracy(points), what)
     kept = drawn(draw_kept_side_by_side(found, shown), "kept patches of the last block, a column per method")
     markdown = as_markdown(rows)
-    write_bytes(out / "accuracy.png", accuracy.png)
-    write_bytes(out / "kept.png", kept.png)
+    write_bytes(out / "accuracy.png", accuracy.data)
+    write_bytes(out / "kept.png", kept.data)
     write_text(out / "compare.md", markdown)
     write_text(out / "compare.csv", as_csv(rows))
     write_text(out / "compare.html", _page(rows, speeds[0], len(found[0].after), accuracy, kept))
@@ -56,7 +61,14 @@ def cells(each: Standing, row: Row, dense: Standing) -> list[str]:
         spread(each.before),
         spread(each.after),
         "" if each is dense else spread(differences, "+"),
+        "" if each is dense else f"{paired_error(each, dense):.2f}",
     ]
+
+
+def paired_error(each: Standing, dense: Standing) -> float:
+    """Return the standard error of the mean difference to dense that comes from the test images."""
+    errors = [paired(*rights).error for rights in zip(each.right, dense.right, strict=True)]
+    return math.sqrt(sum(error**2 for error in errors)) / len(errors)
 
 
 def _page(rows: Table, row: Row, seeds: int, accuracy: Picture, kept: Picture) -> str:
@@ -66,7 +78,8 @@ def _page(rows: Table, row: Row, seeds: int, accuracy: Picture, kept: Picture) -
             Paragraph(
                 f"All are trained with equal budgets; {seeds} seed{'s' if seeds > 1 else ''}, mean ± "
                 "standard deviation; 'of dense' is the difference to the dense model trained as long, seed "
-                "by seed. 'Before' is each model as it starts, untrained."
+                "by seed, and 'paired error' its standard error from the test images, compared image by "
+                "image. 'Before' is each model as it starts, untrained."
             ),
             rows,
             Quiet(

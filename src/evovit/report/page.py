@@ -9,6 +9,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
+from PIL import Image
 
 from evovit.report.tables import Table
 
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 
 class Heading(NamedTuple):
     """Opens a section."""
+
+    text: str
+
+
+class Subheading(NamedTuple):
+    """Opens a part of a section."""
 
     text: str
 
@@ -41,23 +48,86 @@ class Quiet(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A PNG file's bytes, and what they show, for who cannot see it."""
+    """An image file's bytes, PNG, JPEG or GIF, and what they show, for who cannot see it."""
 
-    png: bytes
+    data: bytes
     what: str
 
     @property
-    def base64(self) -> str:
-        """The bytes as text."""
-        return b64encode(self.png).decode("ascii")
+    def source(self) -> str:
+        """The bytes as an address that needs no file."""
+        kind = "png" if self.data[:4] == b"\x89PNG" else "gif" if self.data[:3] == b"GIF" else "jpeg"
+        return f"data:image/{kind};base64,{b64encode(self.data).decode('ascii')}"
 
     @property
     def width(self) -> int:
-        """Width in pixels, from the PNG's header."""
-        return int.from_bytes(self.png[16:20], "big")
+        """Width in pixels."""
+        return Image.open(io.BytesIO(self.data)).width
 
 
-Part = Heading | Paragraph | Note | Quiet | Picture | Table
+class Tile(NamedTuple):
+    """A small picture with words below it."""
+
+    picture: Picture
+    caption: str
+    detail: str = ""
+
+
+class Tiles(NamedTuple):
+    """Pictures side by side, as many in a row as fit."""
+
+    tiles: Sequence[Tile]
+    large: bool = False
+
+
+class Bar(NamedTuple):
+    """One number as a length."""
+
+    name: str
+    share: float  # of the whole width, 0 to 1
+    text: str  # the number
+    series: int = 0  # its colour; 0 is that of the dense model
+    low: float | None = None  # ends of its uncertainty, as shares of the width
+    high: float | None = None
+
+
+class Bars(NamedTuple):
+    """Groups of bars below a heading each; all lengths begin at 0."""
+
+    groups: Sequence[tuple[str, Sequence[Bar]]]
+
+
+class Command(NamedTuple):
+    """A line for a terminal, and what it does."""
+
+    line: str
+    what: str
+
+
+class Beside(NamedTuple):
+    """Parts beside each other where there is room."""
+
+    parts: Sequence[Part]
+
+    @property
+    def named(self) -> list[tuple[str, Part]]:
+        """The parts with their kinds."""
+        return kinds(self.parts)
+
+
+Part = Heading | Subheading | Paragraph | Note | Quiet | Picture | Tiles | Bars | Command | Beside | Table
+
+
+def kinds(parts: Sequence[Part]) -> list[tuple[str, Part]]:
+    """Return parts with their kinds, by which the template draws them."""
+    return [(type(part).__name__, part) for part in parts]
+
+
+def jpeg(picture: Image.Image, what: str) -> Picture:
+    """Return a picture as JPEG."""
+    buffer = io.BytesIO()
+    picture.convert("RGB").save(buffer, format="JPEG", quality=88)
+    return Picture(buffer.getvalue(), what)
 
 
 def drawn(figure: Figure, what: str) -> Picture:
@@ -74,4 +144,4 @@ def page(title: str, parts: Sequence[Part]) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(text)
-    return template.render(title=title, parts=[(type(part).__name__, part) for part in parts])
+    return template.render(title=title, parts=kinds(parts))

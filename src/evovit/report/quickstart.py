@@ -8,24 +8,64 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from rich.console import Console
+from torch import Tensor
 
 from evovit.bench.row import Row
-from evovit.data.digits import Scenes, colours
+from evovit.data.digits import MEAN, NUM_CLASSES, STD, Scenes
 from evovit.data.images import TEST_BATCH
+from evovit.data.photographs import SAMPLES, as_photograph, prepared, sample
+from evovit.errors import printable
+from evovit.look import Look, Subject
 from evovit.model import ReducedViT
 from evovit.models.small_vit import IMAGE_SIZE, NAME
 from evovit.recipe.tables import Recipe
-from evovit.report.page import Heading, Paragraph, Picture, Quiet, drawn, page
-from evovit.report.plots import Point, draw_accuracy
-from evovit.report.tables import Table, as_printed, table
+from evovit.report.page import (
+    Bar,
+    Bars,
+    Beside,
+    Command,
+    Heading,
+    Note,
+    Paragraph,
+    Part,
+    Quiet,
+    Subheading,
+    Tile,
+    Tiles,
+    jpeg,
+    page,
+)
+from evovit.report.show import answers
+from evovit.report.show_pictures import SMALL, drawn_blocks, png_of
+from evovit.report.tables import as_printed, table
 from evovit.runtime.environment import device_name
 from evovit.runtime.files import write_bytes, write_text
 from evovit.study import Standing
+from evovit.train.evaluate import Paired, paired
 from evovit.train.records import EPOCHS, read_lines
-from evovit.visualize import OnBox, draw_kept, kept_on_box, kept_patches, patches_on_box, several_classes
+from evovit.visualize import (
+    OnBox,
+    fitted,
+    kept_on_box,
+    kept_patches,
+    outlined,
+    patches_on_box,
+    several_classes,
+    sheet,
+)
 
-PICTURES = 10  # test scenes shown
+PICTURES = 4  # test scenes shown
+PREPARE = {
+    "input_size": (3, IMAGE_SIZE, IMAGE_SIZE),
+    "mean": (MEAN,) * 3,
+    "std": (STD,) * 3,
+    "interpolation": "bicubic",
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+    "class_names": [str(digit) for digit in range(NUM_CLASSES)],
+}
 COLUMNS = ("method", "keep ratio", "top-1 %", "GMACs", "images/s", "training s", "parameters")
 
 
@@ -80,29 +120,42 @@ def write_report(
     on_box = patches_on_box(scenes.boxes, (kept.shape[2], kept.shape[3]), (IMAGE_SIZE, IMAGE_SIZE))
     shares = kept_on_box(kept, on_box)
     results = results_of(out, recipe, found, rows)
-    sentences = findings(results, rows[1], shares)
-    points = [
-        Point(f"{each.method}, keep {each.keep_ratio:g}", each.gmacs, each.images_per_second, [each.top1])
-        for each in results
+    right = found[1].right[-1], found[0].right[-1]
+    sentences = findings(results, rows[1], shares, paired(*right))
+    chosen = chosen_scenes(scenes, *right)
+    shown = [as_photograph(scenes.images[row], PREPARE, f"digit {scenes.labels[row]}") for row in chosen]
+    subject = Subject(name=NAME, dense=found[0].model, reduced=(evo,), preprocessing=PREPARE)
+    digits = [looks[0] for looks in subject.look(shown)]
+    photographs = [
+        looks[0] for looks in subject.look(prepared(sample(title), PREPARE, title) for title in SAMPLES)
     ]
-    accuracy = drawn(draw_accuracy(points), "accuracy against multiply-accumulates and against speed")
-    chosen = several_classes(scenes.labels, PICTURES)
-    titles = [f"digit {label}" for label in scenes.labels[chosen].tolist()]
-    figure = draw_kept(colours(scenes.images[chosen]), kept[chosen], scenes.boxes[chosen], titles)
-    pictures = drawn(figure, "kept patches of each block over test scenes")
-    cells = table(COLUMNS, [result.cells() for result in results])
-    speed = (
-        f"{NAME} on {results[0].device}, {results[0].dtype}, {len(scenes.labels)} test scenes; speed at "
-        f"batch {results[0].batch_size}, the models timed in turn, medians."
-    )
-    write_bytes(out / "accuracy_speed.png", accuracy.png)
-    write_bytes(out / "kept_patches.png", pictures.png)
+    boxes = [tuple((scenes.boxes[row] / IMAGE_SIZE).tolist()) for row in chosen]
+    drawn = [tiles_of(look, box) for look, box in zip(digits, boxes, strict=True)]
+    write_bytes(out / "kept_patches.png", sheet_of_tiles(drawn))
     write_text(out / "results.json", json.dumps([asdict(result) for result in results], indent=2) + "\n")
-    write_text(out / "report.html", _page(sentences, cells, speed, accuracy, pictures, shares))
-    console.print(as_printed(cells))
+    parts = [
+        *opening(sentences, results, rows[1], recipe, len(scenes.labels)),
+        *digits_part(digits, drawn),
+        *photographs_part(photographs),
+        *numbers_part(results, shares),
+        *next_part(out),
+    ]
+    write_text(out / "report.html", page("evovit quickstart", parts))
+    console.print(as_printed(table(COLUMNS, [result.cells() for result in results])))
     for sentence in sentences:
         console.print(sentence)
     console.print(f"Report: {(out / 'report.html').resolve()}", soft_wrap=True)
+
+
+def chosen_scenes(scenes: Scenes, ours: Tensor, theirs: Tensor) -> list[int]:
+    """Return the positions of a few test scenes of different digits; the last is one where the models differ.
+
+    Args:
+        ours, theirs: (scenes,) bool, whether each model is right.
+    """
+    apart = (ours != theirs).nonzero().flatten()[:1].tolist()
+    others = [row for row in several_classes(scenes.labels, PICTURES) if row not in apart]
+    return [*others[: PICTURES - len(apart)], *apart]
 
 
 def results_of(out: Path, recipe: Recipe, found: Sequence[Standing], rows: Sequence[Row]) -> list[Result]:
@@ -127,18 +180,18 @@ def results_of(out: Path, recipe: Recipe, found: Sequence[Standing], rows: Seque
     return results
 
 
-def findings(results: Sequence[Result], speed: Row, shares: Sequence[OnBox]) -> list[str]:
+def findings(results: Sequence[Result], speed: Row, shares: Sequence[OnBox], beside: Paired) -> list[str]:
     """Say what was measured, a sentence each.
 
     Args:
         results: of the dense model and of Evo-ViT, whose speed beside it is `speed`.
         shares: one per block of Evo-ViT.
+        beside: its accuracy beside the dense model's, scene by scene.
     """
     dense, evo = results
-    found = [
-        f"Evo-ViT at keep ratio {evo.keep_ratio:g}: top-1 {evo.top1 - dense.top1:+.2f} points, "
-        f"{evo.gmacs / dense.gmacs:.2f} of the multiply-accumulates, speed {speed.verdict}."
-    ]
+    top1 = f"top-1 {beside.difference:+.2f} ± {beside.error:.2f} points"
+    work = f"{evo.gmacs / dense.gmacs:.2f} of the multiply-accumulates"
+    found = [f"Evo-ViT at keep ratio {evo.keep_ratio:g}: {top1}, {work}, speed {speed.verdict}."]
     reducing = [share for share in shares if share.kept < 1]
     if reducing:
         covered, kept, on_box, box = (sum(c) / len(reducing) for c in zip(*reducing, strict=True))
@@ -149,35 +202,148 @@ def findings(results: Sequence[Result], speed: Row, shares: Sequence[OnBox]) -> 
     return found
 
 
-def _page(
-    sentences: Sequence[str],
-    results: Table,
-    speed: str,
-    accuracy: Picture,
-    kept: Picture,
-    shares: Sequence[OnBox],
-) -> str:
+def opening(
+    sentences: Sequence[str], results: Sequence[Result], speed: Row, recipe: Recipe, scenes: int
+) -> list[Part]:
+    """Return what was done and found, as bars; every bar begins at 0."""
+    fastest = max(result.images_per_second for result in results)
+    names = ["dense", "Evo-ViT"]
+    accuracy, work, pace = list[Bar](), list[Bar](), list[Bar]()
+    for series, (name, result) in enumerate(zip(names, results, strict=True)):
+        share = result.top1 / 100
+        error = (share * (1 - share) / scenes) ** 0.5
+        ends = max(0.0, share - error), min(1.0, share + error)
+        accuracy.append(Bar(name, share, f"{result.top1:.2f} ± {100 * error:.2f} %", series, *ends))
+        ratio = result.gmacs / results[0].gmacs
+        work.append(Bar(name, ratio, f"{result.gmacs:.4f} GMACs", series))
+        pace.append(
+            Bar(name, result.images_per_second / fastest, f"{result.images_per_second:.0f} images/s", series)
+        )
+    return [
+        Paragraph(
+            "A small vision transformer and the same one as Evo-ViT, trained from scratch by one recipe: "
+            "same first weights, same scenes, same order. A scene holds one real handwritten digit among "
+            "fragments of others; the accuracy is that on scenes of digits never seen in training."
+        ),
+        *map(Paragraph, sentences),
+        Bars(
+            [
+                ("Top-1 accuracy (more is better)", accuracy),
+                ("Work for one image (less is better)", work),
+                ("Speed (more is better)", pace),
+            ]
+        ),
+        Quiet(
+            f"One training of each, seed {recipe.run.seed}: the whiskers are the standard error of {scenes} "
+            "test scenes. Another seed moves both by about a point: --seed 1 --out FOLDER trains it."
+        ),
+        Quiet(
+            f"{NAME} on {results[0].device}, {results[0].dtype}; speed at batch {results[0].batch_size}, "
+            f"{speed.engine} PyTorch, the models timed in turn, medians of {speed.rounds} rounds. Another "
+            "machine gives other figures."
+        ),
+        *(Note(f"Note: {note}.") for note in speed.notes),
+    ]
+
+
+def tiles_of(look: Look, box: Sequence[float] | None = None) -> list[tuple[Image.Image, str, str]]:
+    """Return what the model sees, what its reducing blocks keep and the first score, with two captions each.
+
+    Args:
+        box: of the digit, as shares of the sides.
+    """
+    found: list[tuple[Image.Image, str, str]] = [
+        (fitted(look.photograph.seen, SMALL), look.photograph.title, "what the model sees")
+    ]
+    reducing = [each for each in drawn_blocks(look) if each.blocks[0].reduces]
+    found += [(each.picture, each.name, each.detail) for each in reducing]
+    scored = next((block for block in look.blocks if block.score is not None), None)
+    if scored is not None:
+        found.append((scored.draw_heat(found[0][0]), f"block {scored.number}", "the score it selects by"))
+    if box is None:
+        return found
+    return [(outlined(picture, box), name, detail) for picture, name, detail in found]
+
+
+def as_tiles(drawn: Sequence[tuple[Image.Image, str, str]]) -> Tiles:
+    """Return pictures with their words as tiles of the page."""
+    return Tiles([Tile(jpeg(picture, f"{name}: {detail}"), name, detail) for picture, name, detail in drawn])
+
+
+def sheet_of_tiles(drawn: Sequence[Sequence[tuple[Image.Image, str, str]]]) -> bytes:
+    """Return one PNG with a row for each scene."""
+    columns = max(map(len, drawn))
+    blank = Image.new("RGB", (1, 1), "white")
+    rows = [[*row, *[(blank, "", "")] * (columns - len(row))] for row in drawn]
+    tiles = [
+        (picture, f"{name}: {detail}" if detail else name) for row in rows for picture, name, detail in row
+    ]
+    return png_of(sheet([tile for tile, _ in tiles], [title for _, title in tiles], columns, side=SMALL))
+
+
+def digits_part(looks: Sequence[Look], drawn: Sequence[Sequence[tuple[Image.Image, str, str]]]) -> list[Part]:
+    """Return a few test scenes: what the blocks keep, and both answers."""
+    parts: list[Part] = [
+        Heading("What it keeps, and what it answers"),
+        Paragraph(
+            "Bright patches take part in the blocks named; the dark ones are placeholders and wait. The red "
+            "box is the digit's; no model ever sees it. The bars are what both models answer."
+        ),
+    ]
+    for look, tiles in zip(looks, drawn, strict=True):
+        parts.append(Subheading(f"{look.photograph.title}: {verdict(look)}"))
+        parts.append(Beside([as_tiles(tiles), answers([look], 2, 2)]))
+    return parts
+
+
+def verdict(look: Look) -> str:
+    """Say what both models answer in few words."""
+    dense, evo = look.dense.top[0].name, look.reduced.top[0].name
+    return f"both answer {dense}" if look.agrees else f"dense answers {dense}, Evo-ViT {evo}"
+
+
+def photographs_part(looks: Sequence[Look]) -> list[Part]:
+    """Return the sample photographs through the same model, which has seen digits alone."""
+    return [
+        Heading("The same on photographs"),
+        Paragraph(
+            f"The model has seen digits only, and {IMAGE_SIZE} x {IMAGE_SIZE} pixels of each photograph: its "
+            "answers mean nothing here, and what it keeps is what looks to it like strokes. For a model that "
+            "knows photographs see the commands at the end of this page."
+        ),
+        Beside([as_tiles(tiles_of(look)) for look in looks]),
+    ]
+
+
+def numbers_part(results: Sequence[Result], shares: Sequence[OnBox]) -> list[Part]:
+    """Return all numbers as tables."""
     blocks = [[str(i), *(f"{share:.1%}" for share in block)] for i, block in enumerate(shares)]
-    return page(
-        "evovit quickstart",
-        [
-            Paragraph(
-                "A small vision transformer and the same one as Evo-ViT, trained from scratch by one recipe: "
-                "same first weights, same scenes, same order. A scene holds one real handwritten digit among "
-                "fragments of others; the accuracy is that on scenes of digits never seen in training."
-            ),
-            *map(Paragraph, sentences),
-            results,
-            Quiet(speed),
-            accuracy,
-            Heading("What each block keeps"),
-            Paragraph(
-                "Bright patches take part in the block; the darkened ones are placeholders and wait. The red "
-                "box is the digit's; no model ever sees it."
-            ),
-            kept,
-            Heading("Kept patches and the digit's box"),
-            Paragraph("A patch lies on the digit if its centre lies in the box; means over all test scenes."),
-            table(("block", "digit patches kept", "chance", "kept patches on digit", "chance"), blocks),
-        ],
-    )
+    return [
+        Heading("All numbers"),
+        table(COLUMNS, [result.cells() for result in results]),
+        Paragraph(
+            "Kept patches and the digit's box: a patch lies on the digit if its centre lies in the box; "
+            "means over all test scenes."
+        ),
+        table(("block", "digit patches kept", "chance", "kept patches on digit", "chance"), blocks),
+    ]
+
+
+def next_part(out: Path) -> list[Part]:
+    """Return three commands to go on with."""
+    run = printable(out / "evo_vit")
+    return [
+        Heading("What to do next"),
+        Command(
+            "evovit show photo.jpg --model deit_small_patch16_224 --pretrained",
+            "Look at a photograph of yours with a model that knows ImageNet (downloaded the first time).",
+        ),
+        Command(
+            "evovit bench deit_small_patch16_224 --keep-ratio 0.3 0.5 0.7",
+            "Measure how much faster a larger model gets on this machine.",
+        ),
+        Command(
+            f"evovit eval {run} --method evit tome:r=4",
+            "Try other methods on the weights just trained; evovit methods lists them all.",
+        ),
+    ]

@@ -84,7 +84,7 @@ def write_report(places: Sequence[Path], out: Path) -> str:
         curves,
     ]
     markdown = as_markdown(rows)
-    write_bytes(out / "curves.png", curves.png)
+    write_bytes(out / "curves.png", curves.data)
     write_text(out / "report.md", markdown)
     write_text(out / "report.csv", as_csv(rows))
     write_text(out / "report.html", page("evovit report", parts))

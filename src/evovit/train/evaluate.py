@@ -23,6 +23,30 @@ class Accuracy(NamedTuple):
     top1: float
     top5: float  # top-n where there are n < 5 classes
     images: int
+    right: Tensor  # (images of this process,) bool, in the order of `Images.test`: the first guess is right
+
+
+class Paired(NamedTuple):
+    """Top-1 of one model against another's on the same images."""
+
+    difference: float  # percentage points
+    error: float  # its standard error, from the images on which the two differ
+    won: int  # images that the first alone gets right
+    lost: int
+
+
+def paired(ours: Tensor, theirs: Tensor, world: World | None = None) -> Paired:
+    """Compare two models on the same images, image by image (McNemar).
+
+    Args:
+        ours, theirs: (images of this process,) bool, `Accuracy.right` of each.
+        world: the processes that share the images; None: this one has all.
+    """
+    counts = [float((ours & ~theirs).sum()), float((theirs & ~ours).sum()), float(len(ours))]
+    won, lost, images = counts if world is None else world.sum(counts)
+    difference = (won - lost) / images
+    variance = max(0.0, (won + lost) / images - difference**2) / images
+    return Paired(100 * difference, 100 * variance**0.5, int(won), int(lost))
 
 
 def autocast(recipe: Recipe, device: torch.device) -> Any:
@@ -40,13 +64,16 @@ def evaluate(
     Args:
         places: (classes of the images,) the model's class of each; None: the same.
     """
-    first = best = seen = 0
+    best = seen = 0
+    right = []
     with evaluating(model):
         for batch, labels in images.test(world):
             with autocast(recipe, world.device):
                 logits = logits_of(model(batch.to(world.device)))
             labels = labels if places is None else places[labels]
             top = logits.float().topk(min(5, logits.shape[1]), dim=1).indices.cpu() == labels[:, None]
-            first, best, seen = first + int(top[:, 0].sum()), best + int(top.sum()), seen + labels.shape[0]
-    total = world.sum([first, best, seen])
-    return Accuracy(100 * total[0] / total[2], 100 * total[1] / total[2], int(total[2]))
+            right.append(top[:, 0])
+            best, seen = best + int(top.sum()), seen + labels.shape[0]
+    first = torch.cat(right) if right else torch.zeros(0, dtype=torch.bool)
+    total = world.sum([int(first.sum()), best, seen])
+    return Accuracy(100 * total[0] / total[2], 100 * total[1] / total[2], int(total[2]), first)

@@ -23,7 +23,7 @@ from evovit.recipe.tables import Recipe
 from evovit.runtime.files import read_state_dict
 from evovit.runtime.world import World
 from evovit.train.build import build_model, colours_of, fit, open_images_of
-from evovit.train.evaluate import evaluate
+from evovit.train.evaluate import Accuracy, evaluate, paired
 from evovit.train.records import EPOCHS, read_lines
 from evovit.train.run import settle
 from evovit.train.state import FOLDER, course, part, read_checkpoint, read_weights
@@ -215,11 +215,14 @@ def test_lines(
     for text, (name, options) in zip(methods, asked, strict=True):
         models[text] = reduce_tokens(host, name, budgets=tuple(budgets), **options)
     yield f"{tested.name}:"
-    first = None
+    first: Accuracy | None = None
     for what, each in at_budgets(models, budgets):
         accuracy = evaluate(each, tested.images, tested.recipe, world, tested.places)
-        beside = "" if first is None else f" ({accuracy.top1 - first:+.2f})"
-        first = accuracy.top1 if first is None else first
+        beside = ""
+        if first is not None:
+            against = paired(accuracy.right, first.right, world)
+            beside = f" ({against.difference:+.2f} ± {against.error:.2f})"
+        first = first or accuracy
         work = gmacs(each, backbone_of(each).image_shape)
         yield (
             f"  {what}: top-1 {accuracy.top1:.2f} %{beside}, top-5 {accuracy.top5:.2f} %, {work:.4g} GMACs, "

@@ -15,7 +15,7 @@ from torch import nn
 from evovit.backbones import adapt
 from evovit.backbones.base import BackboneSpec, evaluating
 from evovit.errors import EvoViTError, listed
-from evovit.methods import build_config, find_method, list_methods
+from evovit.methods import DENSE, build_config, find_method, list_methods
 from evovit.methods.base import Method, ScheduledConfig
 from evovit.model import ReducedViT, reduce_tokens
 from evovit.options import read_named
@@ -94,6 +94,23 @@ def fitted(cls: type[Method], options: Mapping[str, Any], depth: int) -> dict[st
             many = f.default if isinstance(f.default, tuple) else (f.default,)
             scaled = tuple(sorted({max(1, round(place * depth / USUAL_DEPTH)) for place in many}))
             found[f.name] = scaled if isinstance(f.default, tuple) else scaled[0]
+    return found
+
+
+def defaults(spec: BackboneSpec) -> list[Plan]:
+    """Return every method as it comes, if it fits the host and has nothing that must be trained."""
+    found = []
+    for name in list_methods():
+        cls = find_method(name)
+        if name == DENSE:
+            continue
+        options = fitted(cls, {}, spec.depth)
+        try:
+            method = cls(build_config(cls, options), spec)
+        except EvoViTError:  # another kind of host, or one with a class token
+            continue
+        if not method.state_dict():
+            found.append(Plan(name, options))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
@@ -22,7 +23,16 @@ from evovit.model import ReducedViT
 from evovit.runtime.files import make_folder, read_json, told, write_text
 from evovit.tuning.clock import Clock, EngineClock, median
 from evovit.tuning.latency import LatencyTable, blank, measure_latency, row_grid
-from evovit.tuning.plans import PLACES, Plan, choose_methods, points_of, rows_of, with_budget, with_counts
+from evovit.tuning.plans import (
+    PLACES,
+    Plan,
+    choose_methods,
+    defaults,
+    points_of,
+    rows_of,
+    with_budget,
+    with_counts,
+)
 from evovit.tuning.search import Costs, search
 from evovit.tuning.sensitivity import SensitivityTable, answers, block_grid, count_grid, damage
 
@@ -123,7 +133,10 @@ def tune(
     )
     calibration = blank(model, 16) if images is None else images
     bases = choose_methods(methods, spec)
-    work = _Search(model, spec, calibration, bases, clock or EngineClock(setting), setting, tables, log)
+    others = [] if methods else defaults(spec)
+    work = _Search(
+        model, spec, calibration, bases, others, clock or EngineClock(setting), setting, tables, log
+    )
     return work.run(speedup, latency_ms, images is None)
 
 
@@ -146,12 +159,14 @@ class _Search:
         spec: BackboneSpec,
         images: Tensor,
         bases: Sequence[Plan],
+        others: Sequence[Plan],
         clock: Clock,
         setting: Setting,
         tables: str | Path | None,
         log: Callable[[str], None],
     ) -> None:
         self.model, self.spec, self.images, self.bases = model, spec, images, bases
+        self.others = others
         self.clock, self.setting, self.log = clock, setting, log
         self.backbone = adapt(model)
         shape = self.backbone.image_shape
@@ -240,7 +255,9 @@ class _Search:
         tables = {base.key: self.measure_sensitivity(base) for base in self.bases}
         self.latency = latency
         own = [with_budget(base, budget, self.spec) for base in self.bases for budget in OWN_BUDGETS]
-        pool = self.measure([self.predicted(plan) for plan in own], "own knobs")
+        known = {plan.key for plan in own}
+        own += [plan for plan in self.others if plan.key not in known]
+        pool = self.measure([self.predicted(plan) for plan in own], "own knobs and defaults")
         costs = {base.key: self.costs(base, tables[base.key], pool) for base in self.bases}
         for turn in range(ROUNDS):
             known = {one.plan.key for one in pool}
@@ -249,6 +266,10 @@ class _Search:
                 break
             pool += self.measure(asked, f"round {turn + 1}")
             costs = {base.key: self.corrected(base, costs[base.key], pool) for base in self.bases}
+        if all(one.speedup < target for one in pool):  # predictions were too hopeful
+            known = {one.plan.key for one in pool}
+            quickest = [one for one in self.proposals(costs, math.inf) if one.plan.key not in known]
+            pool += self.measure(quickest, "the fastest there are") if quickest else []
         best, met = self.choose(pool, target)
         conditions = {
             "clock": self.clock.name(),
@@ -298,10 +319,14 @@ class _Search:
         return Asked(plan, self.latency.predict(attention, ffn), points_of(ffn))
 
     def proposals(self, costs: Mapping[str, Costs], target: float) -> list[Asked]:
-        """Return the plans of a round: the best schedules over all methods, and each method's own knob."""
+        """Return the plans of a round: the best schedules over all methods, and each method's own knob.
+
+        Args:
+            target: speed-up; infinite: the fastest schedules there are.
+        """
         wanted = self.latency.dense_ms / (target * (1 + MARGIN / 3))
         rows = [count for count in self.latency.rows if count > self.spec.num_prefix + 1]
-        found: list[tuple[float, str, Asked]] = []  # damage, of which method
+        found: list[tuple[float, str, Asked]] = []  # what is to be small, of which method
         knobs: list[Asked] = []
         for base in self.bases:
             cost = costs[base.key]
@@ -312,7 +337,7 @@ class _Search:
                 points = points_of(one.counts)
                 ms = one.ms - points * cost.overhead_ms
                 asked = Asked(with_counts(base, one.counts), ms, points, one.damage)
-                found.append((one.damage, base.key, asked))
+                found.append((one.damage if math.isfinite(target) else one.ms, base.key, asked))
             knobs += self.own_knob(base, wanted, cost.overhead_ms)
         chosen: list[Asked] = []
         taken: dict[str, int] = {}

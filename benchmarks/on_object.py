@@ -1,0 +1,71 @@
+"""Do the kept patches lie on the object? Precision and recall by block against boxes, for several selections.
+
+    python benchmarks/on_object.py RUN BOXES --method evo_vit:start_block=2 keep:selection=random
+
+RUN is a run of `evovit train` on a folder or tar file of class folders; a reduced run is measured as trained,
+too. BOXES is JSON: split ("val"), then "class/file.jpg": [left, top, right, bottom], inclusive, in pixels of
+a square image of --side. A patch is on the object if its centre lies in the box. Recall is the share of the
+object's patches that are kept, by chance the share of all patches that are kept; precision the share of kept
+patches that are on the object, by chance the share of patches that are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from evovit.data.readers import open_reader
+from evovit.model import ReducedViT, reduce_tokens
+from evovit.options import read_named
+from evovit.runtime.world import join_world
+from evovit.train.tested import run_model
+from evovit.visualize import kept_on_box, kept_patches, patches_on_box
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("boxes", type=Path)
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--side", type=int, default=64)
+    parser.add_argument("--method", nargs="*", default=())
+    parser.add_argument("--set", nargs="*", default=())
+    given = parser.parse_args()
+
+    tested = run_model(given.run, "last", None, given.set)
+    boxes = json.loads(given.boxes.read_text())[given.split]
+    reader = open_reader(tested.recipe.data.source, tested.recipe.data.test_split)
+    names = [Path(reader.filename(row)).as_posix() for row in range(len(reader))]
+    corners = torch.tensor([boxes["/".join(name.split("/")[-2:])] for name in names]).float()
+    corners[:, 2:] += 1  # inclusive
+
+    model: nn.Module = tested.model.eval()
+    host: nn.Module = model.model if isinstance(model, ReducedViT) else model
+    models = {"as trained": model} if isinstance(model, ReducedViT) else {}
+    for text in given.method:
+        name, options = read_named(text)
+        models[text] = reduce_tokens(host, name, **options).eval()
+    with join_world("cpu") as world:
+        images = torch.cat([batch for batch, _ in tested.images.test(world)])
+    if len(images) != len(corners):
+        raise SystemExit(f"{len(images)} images and {len(corners)} boxes")
+    print("| method | block | kept | recall | precision | by chance | recall over chance |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for text, reduced in models.items():
+        kept = torch.cat([kept_patches(reduced, part) for part in images.split(200)])
+        on_box = patches_on_box(corners, (kept.shape[2], kept.shape[3]), (given.side, given.side))
+        for block, share in enumerate(kept_on_box(kept, on_box)):
+            if share.kept < 1:
+                print(
+                    f"| {text} | {block} | {share.kept:.3f} | {share.covered:.3f} | {share.on_box:.3f} | "
+                    f"{share.box:.3f} | {share.covered / share.kept:.2f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

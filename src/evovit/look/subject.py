@@ -1,0 +1,144 @@
+"""What is looked at: a dense model, reduced ones of the same weights, and what makes it doubtful."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from evovit.bench.setting import Variant, build_models
+from evovit.data.photographs import Photograph
+from evovit.engines.exporting import preprocessing_of
+from evovit.errors import EvoViTError, shown
+from evovit.look.one import Cost, Look, costs, described, look_at
+from evovit.model import ReducedViT
+from evovit.train.tested import open_model
+
+DEFAULT = "deit_small_patch16_224"  # for who names no model
+QUICKSTART = Path("runs/quickstart/evo_vit")  # for digits
+RANDOM = "Random weights: what is kept here means nothing, and neither does what is answered."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A dense model and reduced ones of the same weights."""
+
+    name: str  # with its weights
+    dense: nn.Module
+    reduced: tuple[ReducedViT, ...]
+    preprocessing: Mapping[str, Any]  # as of `engines.exporting.preprocessing_of`, with class_names
+    notes: tuple[str, ...] = ()  # what makes doubtful what is seen
+    is_own: bool = False  # the reduced model is one that was given, with the weights it has
+
+    def look(self, photographs: Iterable[Photograph], rounds: int = 0) -> list[list[Look]]:
+        """Return for each photograph a look for each reduced model.
+
+        Args:
+            rounds: how often each model is timed, on the first photograph, all in turn; 0: none is.
+        """
+        found: list[list[Look]] = []
+        spent: list[Cost] = []
+        for photograph in photographs:
+            if not spent:
+                models = {"dense": self.dense} | {str(i): model for i, model in enumerate(self.reduced)}
+                spent = costs(models, photograph.image[None].to(next(self.dense.parameters())), rounds)
+            names = self.preprocessing["class_names"]
+            pairs = zip(self.reduced, spent, strict=True)
+            found.append([look_at(self.dense, model, photograph, names, cost=cost) for model, cost in pairs])
+        return found
+
+
+def subject_of(
+    model: nn.Module,
+    variants: Sequence[Variant] = (),
+    preprocessing: Mapping[str, Any] | None = None,
+    name: str = "",
+    notes: Sequence[str] = (),
+) -> Subject:
+    """Return a model with reduced ones beside it, all with its weights.
+
+    Args:
+        model: a host, or a reduced model, which is shown as it is unless there are variants.
+        variants: methods; none: the model's own, else evo_vit.
+        preprocessing: how it takes images, with class_names; default: as it says itself.
+    """
+    host: nn.Module = model.model if isinstance(model, ReducedViT) else model
+    told, is_own = list(notes), isinstance(model, ReducedViT) and not variants
+    if preprocessing is None and not getattr(host, "pretrained_cfg", None):
+        told.append(
+            "This model does not say how it takes images: its colours are normalised as those of ImageNet. "
+            "Give preprocessing if that is wrong."
+        )
+    if isinstance(model, ReducedViT) and is_own:
+        reduced = [model]
+        told.append("Dense is here the reduced model's weights with nothing reduced.")
+    else:
+        reduced = []
+        for variant in variants or (Variant("evo_vit"),):
+            own = build_models(host, [variant], train=False)[1]
+            assert isinstance(own, ReducedViT)
+            reduced.append(own)
+            if any(True for _ in own.method.parameters()):
+                told.append(
+                    f"{described(own)} has parameters of its own, which are not trained: what it keeps means "
+                    "nothing. Train it first (docs/training.md)."
+                )
+    return Subject(
+        name=name or type(host).__name__,
+        dense=host,
+        reduced=tuple(reduced),
+        preprocessing=preprocessing or preprocessing_of(model),
+        notes=tuple(told),
+        is_own=is_own,
+    )
+
+
+def open_subject(
+    model: str, variants: Sequence[Variant] = (), weights: str = "", pretrained: bool = False
+) -> Subject:
+    """Return a model by what names it, as `open_model` reads it, with reduced ones beside it."""
+    opened, preprocessing, warned = open_model(model, weights, pretrained)
+    which = "published weights" if pretrained else shown(weights) if weights else "random weights"
+    name = f"{model}, {which}" if warned or weights or pretrained else model
+    return subject_of(opened, variants, preprocessing, name, [RANDOM] if warned else [])
+
+
+def default_subject(
+    images: Sequence[object],
+    variants: Sequence[Variant],
+    weights: str,
+    pretrained: bool,
+    log: Callable[[str], None],
+) -> Subject:
+    """Return a model for who names none: of digits the quickstart's run, else `DEFAULT` as published.
+
+    Where the published weights cannot be had, the weights are random, and the subject's notes say so.
+
+    Args:
+        log: gets a line on what takes long.
+    """
+    if images and all(image == "digits" for image in images):
+        if not (QUICKSTART / "recipe.toml").is_file():
+            raise EvoViTError(
+                f"No model is given, and there is no {shown(QUICKSTART)}; run evovit quickstart first, "
+                "a few minutes, or give --model."
+            )
+        return open_subject(str(QUICKSTART), variants, weights, pretrained)
+    if weights:
+        return open_subject(DEFAULT, variants, weights, pretrained)
+    log(f"No model is given: {DEFAULT} with its published weights, downloaded the first time.")
+    try:
+        return open_subject(DEFAULT, variants, "", True)
+    except EvoViTError as error:
+        if "cannot be had" not in str(error) or pretrained:
+            raise
+        log(f"{error} Going on with random weights.")
+        subject = open_subject(DEFAULT, variants)
+        note = (
+            "The published weights could not be downloaded. For a model that has learnt something without a "
+            "network: evovit quickstart, then evovit show digits."
+        )
+        return replace(subject, notes=(*subject.notes, note))
