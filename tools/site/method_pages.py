@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -10,16 +11,16 @@ import timm
 import torch
 from matplotlib.figure import Figure
 from reference import option_list, plain
-from torch import Tensor, nn
+from torch import nn
 
 import evovit
 from evovit.backbones import adapt
-from evovit.data.photographs import Photographs, read_samples
+from evovit.data.photographs import Photograph, prepared, sample
 from evovit.engines.exporting import preprocessing_of
 from evovit.errors import EvoViTError
+from evovit.look.one import BlockLook, blocks_of
 from evovit.methods import build_config, find_method, list_methods
 from evovit.model import ReducedViT
-from evovit.visualize import DIM, kept_patches, shade
 
 PICTURED = "deit_tiny_patch16_224"  # of random weights: nothing is downloaded
 STAGED = "evo_levit_128s_224"
@@ -141,77 +142,43 @@ def _own_parameters(name: str) -> int:
 
 
 @cache
-def _pictured(name: str) -> tuple[nn.Module, Photographs, Tensor]:
-    """Return a host of random weights, the prepared photographs, and their colours."""
+def _pictured(name: str) -> tuple[nn.Module, list[Photograph]]:
+    """Return a host of random weights and scikit-learn's photographs as it takes them."""
     torch.manual_seed(0)
     host = timm.create_model(name).eval()
     host = host.model if isinstance(host, ReducedViT) else host
-    preprocessing = preprocessing_of(host)
-    photographs = read_samples(preprocessing)
-    mean, std = (torch.tensor(preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
-    return host, photographs, (photographs.images * std + mean).clamp(0, 1)
+    return host, [prepared(sample(title), preprocessing_of(host), title) for title in ("china", "flower")]
 
 
 def picture(name: str) -> bytes | None:
     """Return what a method makes of scikit-learn's photographs, PNG; None if there is nothing to draw."""
-    cls = find_method(name)
     for host_name in (PICTURED, STAGED):
-        host, photographs, colours = _pictured(host_name)
+        host, photographs = _pictured(host_name)
         try:
             reduced = evovit.reduce_tokens(host, name, verify=False).eval()
         except EvoViTError:
             continue
-        if cls.merges:
-            return _drawn(colours, _groups(reduced, photographs.images, colours))
-        kept = kept_patches(reduced, photographs.images)
-        return _drawn(colours, _shaded(kept, colours)) if cls.keeps_places and not kept.all() else None
+        with torch.no_grad():
+            looks = [blocks_of(reduced, photograph.image[None]) for photograph in photographs]
+        reducing = [block for block in looks[0] if block.reduces]
+        if reducing and all(block.has_places for block in reducing):
+            return _drawn(photographs, looks)
     return None
 
 
-def _shaded(kept: Tensor, colours: Tensor) -> dict[int, list[Tensor]]:
-    return {
-        block: [shade(colour, each[block]) for colour, each in zip(colours, kept, strict=True)]
-        for block in _chosen(kept.shape[1])
-    }
-
-
-@torch.inference_mode()
-def _groups(reduced: ReducedViT, images: Tensor, colours: Tensor) -> dict[int, list[Tensor]]:
-    """Return the photographs with every patch in the mean colour of those it was merged with."""
-    trace = reduced.run(images, record=True).trace
-    grid = trace[0].grid
-    side = colours.shape[2] // grid[0]
-    cells = torch.nn.functional.avg_pool2d(colours, side).flatten(2)  # (B, 3, cells)
-    found = {}
-    for block in _chosen(len(trace)):
-        rows = reduced.method.row_of_cell(trace[block], grid)  # (B, cells)
-        same = (rows[:, :, None] == rows[:, None]).float()
-        means = cells @ same / same.sum(1, keepdim=True)
-        means, single, gone = (
-            torch.nn.functional.interpolate(each.float().unflatten(2, grid), size=colours.shape[2:])
-            for each in (means, same.sum(1, keepdim=True) == 1, (rows < 0)[:, None])
-        )
-        found[block] = list(torch.where(single > 0, colours, means) * (1 - (1 - DIM) * gone))
-    return found
-
-
-def _chosen(depth: int) -> list[int]:
-    return sorted({round(part * (depth - 1) / COLUMNS) for part in range(1, COLUMNS + 1)})
-
-
-def _drawn(colours: Tensor, seen: dict[int, list[Tensor]]) -> bytes:
-    figure = Figure(figsize=(1.75 * (len(seen) + 1), 1.85 * len(colours)), layout="constrained")
+def _drawn(photographs: Sequence[Photograph], looks: Sequence[Sequence[BlockLook]]) -> bytes:
+    depth = len(looks[0])
+    chosen = sorted({round(part * (depth - 1) / COLUMNS) for part in range(1, COLUMNS + 1)})
+    figure = Figure(figsize=(1.75 * (len(chosen) + 1), 1.85 * len(photographs)), layout="constrained")
     figure.patch.set_alpha(0)
-    panels = figure.subplots(len(colours), len(seen) + 1, squeeze=False)
-    titles = ["photograph", *(f"after block {block}" for block in seen)]
-    for i, colour in enumerate(colours):
-        for panel, shown, title in zip(
-            panels[i], [colour, *(each[i] for each in seen.values())], titles, strict=True
-        ):
-            panel.imshow(np.asarray(shown.permute(1, 2, 0)))
+    panels = figure.subplots(len(photographs), len(chosen) + 1, squeeze=False)
+    for title, panel in zip(["photograph", *(f"after block {n}" for n in chosen)], panels[0], strict=True):
+        panel.set_title(title, fontsize=11, color=GREY)
+    for row, photograph, blocks in zip(panels, photographs, looks, strict=True):
+        tiles = [photograph.seen, *(blocks[n].draw(photograph.seen) for n in chosen)]
+        for panel, tile in zip(row, tiles, strict=True):
+            panel.imshow(np.asarray(tile))
             panel.set_axis_off()
-            if i == 0:
-                panel.set_title(title, fontsize=11, color=GREY)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
@@ -222,12 +189,14 @@ def picture_section(name: str, has_picture: bool) -> str:
     if not has_picture:
         return ""
     merges = find_method(name).merges
-    rule = "patches that were merged have their mean colour" if merges else "dark patches take no part"
+    rule = (
+        "patches within an outline are one token, dark ones none" if merges else "dark patches take no part"
+    )
     return (
         f"## What it does to a photograph\n\n[![{name}, block by block]({name}.png)]({name}.png)\n\n"
         f"The photographs are scikit-learn's; {rule}. Drawn when this page was built, with default options "
-        "on a DeiT-T with random weights: it shows how tokens are treated, not what a trained model looks at. "
-        "[`evovit analyse`](../analysis.md) draws your own model.\n"
+        "on a DeiT-T with random weights: it shows how tokens are treated, not what a trained model sees. "
+        "[`evovit show`](../show.md) draws your own photograph and model.\n"
     )
 
 
