@@ -31,18 +31,24 @@ class SmallestKeys(Method):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Method.Config):
-        keep_ratio: Ratio | tuple[Ratio, ...] = option(0.7, "of the first grid; a list has one per block")
+        keep_ratio: Ratio | tuple[Ratio, ...] = option(
+            0.7, "of the first grid; a list has one per block"
+        )
         start_block: Number = option(3, "first reducing block, counted from 0")
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
-        self.schedule = KeepSchedule.from_block(spec.depth, config.keep_ratio, config.start_block)
+        self.schedule = KeepSchedule.from_block(
+            spec.depth, config.keep_ratio, config.start_block
+        )
 
     def run_block(self, block: Block, tokens: Tokens) -> Tokens:
         tokens, qkv = block.attend(tokens)  # the host's own attention
         keep = self.schedule.count(block.number, tokens.num_cells)
         if keep is not None and keep < tokens.num_patches:
-            score = qkv.k[:, :, tokens.num_prefix :].float().norm(dim=-1).mean(1)  # (B, N)
+            score = (
+                qkv.k[:, :, tokens.num_prefix :].float().norm(dim=-1).mean(1)
+            )  # (B, N)
             tokens = keep_rows(tokens, split_top(score, keep).rows)
         return block.ffn(tokens)  # the host's own FFN
 
@@ -60,7 +66,9 @@ fast = evovit.reduce_tokens(host, "smallest_keys", keep_ratio=0.5, start_block=2
 images = torch.randn(2, 3, 224, 224)
 with torch.inference_mode():
     outputs = fast.run(images, record=True)
-print("patch tokens after each block:", [tokens.num_patches for tokens in outputs.trace])
+print(
+    "patch tokens after each block:", [tokens.num_patches for tokens in outputs.trace]
+)
 try:
     evovit.reduce_tokens(host, "smallest_keys", keep_ratio=1.5)
 except evovit.EvoViTError as error:
@@ -74,14 +82,20 @@ except evovit.EvoViTError as error:
 # %%
 with torch.inference_mode():
     whole = evovit.reduce_tokens(host, "smallest_keys", **SmallestKeys.keep_all)
-    assert torch.allclose(whole(images), host(images), atol=1e-5)  # nothing reduced: the host, exactly
+    assert torch.allclose(
+        whole(images), host(images), atol=1e-5
+    )  # nothing reduced: the host, exactly
     assert torch.allclose(
         fast(images)[:1], fast(images[:1]), atol=1e-5
     )  # an image does not depend on its batch
-program = torch.export.export(fast, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+program = torch.export.export(
+    fast, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)
+)
 with torch.inference_mode():
     assert torch.allclose(
-        program.module()(images[:1].repeat(3, 1, 1, 1)), fast(images[:1]).repeat(3, 1), atol=1e-5
+        program.module()(images[:1].repeat(3, 1, 1, 1)),
+        fast(images[:1]).repeat(3, 1),
+        atol=1e-5,
     )
 fast.train()(images).sum().backward()
 assert all(p.grad is not None for p in fast.parameters())  # every parameter learns
@@ -94,7 +108,11 @@ print("all four hold")
 # %%
 with torch.inference_mode():
     entering = evovit.reduce_tokens(host, "dense").run(images, record=True).trace[1].x
-    keys = host.blocks[2].attn.qkv(host.blocks[2].norm1(entering)).chunk(3, dim=-1)[1][:, 1:]
+    keys = (
+        host.blocks[2]
+        .attn.qkv(host.blocks[2].norm1(entering))
+        .chunk(3, dim=-1)[1][:, 1:]
+    )
     norms = keys.unflatten(-1, (3, -1)).norm(dim=-1).mean(-1)
 for kept, each in zip(outputs.trace[2].index, norms, strict=True):
     assert set(kept.tolist()) == set(each.topk(98).indices.tolist())
@@ -110,7 +128,9 @@ from evovit.visualize import draw_kept
 prepared = preprocessing_of(host)
 photographs = read_samples(prepared).images  # scikit-learn's two
 mean, std = (torch.tensor(prepared[key]).view(3, 1, 1) for key in ("mean", "std"))
-draw_kept((photographs * std + mean).clamp(0, 1), evovit.kept_patches(fast, photographs))
+draw_kept(
+    (photographs * std + mean).clamp(0, 1), evovit.kept_patches(fast, photographs)
+)
 
 # %% [markdown]
 # Random weights: this shows the rule at work, not what a trained model looks at.
@@ -125,4 +145,4 @@ draw_kept((photographs * std + mean).clamp(0, 1), evovit.kept_patches(fast, phot
 # smallest_keys = "your_package.smallest_keys"
 # ```
 #
-# What else a method may have (losses, a teacher, training that masks, merging, maps): [adding_a_method.md](../adding_a_method.md).
+# What else a method may have (losses, a teacher, training that masks, merging, maps): [adding a method](../adding_a_method.md).

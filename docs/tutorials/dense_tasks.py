@@ -14,9 +14,17 @@ import evovit
 
 torch.manual_seed(0)
 host = timm.create_model(
-    "vit_tiny_patch16_224", img_size=96, patch_size=8, depth=6, embed_dim=96, num_heads=3, num_classes=0
+    "vit_tiny_patch16_224",
+    img_size=96,
+    patch_size=8,
+    depth=6,
+    embed_dim=96,
+    num_heads=3,
+    num_classes=0,
 )
-fast = evovit.reduce_tokens(host, "evo_vit", keep_ratio=0.5, start_block=2, stage_length=2)
+fast = evovit.reduce_tokens(
+    host, "evo_vit", keep_ratio=0.5, start_block=2, stage_length=2
+)
 backbone = evovit.features(fast, out_indices=(2, 5))
 scenes = evovit.digit_scenes("train", 64, size=96)
 [tuple(each.shape) for each in backbone(scenes.images[:2])]
@@ -36,7 +44,9 @@ print(backbone.feature_info.channels(), backbone.feature_info.reduction())
 
 # %%
 channels = sum(backbone.feature_info.channels())
-head = nn.Sequential(nn.BatchNorm2d(channels), nn.Conv2d(channels, 64, 1), nn.PixelShuffle(8))
+head = nn.Sequential(
+    nn.BatchNorm2d(channels), nn.Conv2d(channels, 64, 1), nn.PixelShuffle(8)
+)
 
 
 def segment(images: torch.Tensor) -> torch.Tensor:
@@ -68,9 +78,14 @@ from matplotlib import pyplot as plt
 from evovit.data.digits import colours
 
 figure, panels = plt.subplots(3, 4, figsize=(8, 6), layout="constrained")
-for image, truth, mask, column in zip(colours(test.images), test.masks, found, panels.T, strict=False):
+for image, truth, mask, column in zip(
+    colours(test.images), test.masks, found, panels.T, strict=False
+):
     for panel, shown, title in zip(
-        column, (image.permute(1, 2, 0), truth, mask), ("scene", "digit", "found"), strict=True
+        column,
+        (image.permute(1, 2, 0), truth, mask),
+        ("scene", "digit", "found"),
+        strict=True,
     ):
         panel.imshow(shown, cmap="gray")
         panel.set_title(title)

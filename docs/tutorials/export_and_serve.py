@@ -11,8 +11,12 @@ import torch
 import evovit
 
 torch.manual_seed(0)
-model = timm.create_model("vit_tiny_patch16_224", img_size=96, depth=6, num_classes=10).eval()
-fast = evovit.reduce_tokens(model, "evo_vit", keep_ratio=0.5, start_block=2, stage_length=2)
+model = timm.create_model(
+    "vit_tiny_patch16_224", img_size=96, depth=6, num_classes=10
+).eval()
+fast = evovit.reduce_tokens(
+    model, "evo_vit", keep_ratio=0.5, start_block=2, stage_length=2
+)
 record = evovit.export(fast, "exported", to="onnx")
 record["proof"]
 
@@ -53,7 +57,7 @@ logits.shape
 
 # %% [markdown]
 # Which engine is fastest? `evovit bench MODEL --engine eager compiled onnxruntime openvino --precision fp32 int8` times all of them; what was measured
-# here is in [speed.md](../speed.md#engines).
+# here is in [speed](../speed.md#engines).
 #
 # ## In PyTorch: one model, several speeds
 #
@@ -61,7 +65,9 @@ logits.shape
 # without being built again:
 
 # %%
-several = evovit.reduce_tokens(model, "evo_vit", start_block=2, stage_length=2, budgets=(1.0, 0.7, 0.4))
+several = evovit.reduce_tokens(
+    model, "evo_vit", start_block=2, stage_length=2, budgets=(1.0, 0.7, 0.4)
+)
 several.warm_budgets(images)
 for budget in several.budgets:
     several.budget = budget
@@ -77,4 +83,4 @@ for budget in several.budgets:
 #
 # ## Next
 #
-# Precisions, calibration, what is proven and what is not offered: [exporting.md](../exporting.md).
+# Precisions, calibration, what is proven and what is not offered: [exporting](../exporting.md).

@@ -17,11 +17,19 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 digits = load_digits()
-for number, (ink, label) in enumerate(zip(digits.images[:960], digits.target[:960], strict=True)):
+for number, (ink, label) in enumerate(
+    zip(digits.images[:960], digits.target[:960], strict=True)
+):
     folder = Path("images", "train" if number < 640 else "val", f"digit_{label}")
     folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((ink * 15.9).astype("uint8")).resize((48, 48)).save(folder / f"{number}.png")
-print(*sorted(str(folder) for folder in Path("images/train").iterdir())[:3], "...", sep="\n")
+    Image.fromarray((ink * 15.9).astype("uint8")).resize((48, 48)).save(
+        folder / f"{number}.png"
+    )
+print(
+    *sorted(str(folder) for folder in Path("images/train").iterdir())[:3],
+    "...",
+    sep="\n",
+)
 
 # %% [markdown]
 # ## A recipe
@@ -61,7 +69,7 @@ warm_up_epochs = 0.2
 epochs = 2
 device = "cpu"
 """
-Path("mine.toml").write_text(recipe)
+_ = Path("mine.toml").write_text(recipe)
 
 # %% [markdown]
 # ## The dense model first
@@ -70,7 +78,7 @@ Path("mine.toml").write_text(recipe)
 # `model.pretrained=true` the published weights of a timm model.
 
 # %%
-# !evovit train mine.toml --set method.keep_ratio=1.0 --out runs/dense | tail -n 3
+# !evovit train mine.toml --set method.keep_ratio=1.0 --out runs/dense
 
 # %% [markdown]
 # A training that was killed goes on with the same command. Many GPUs: `torchrun --nproc_per_node 8 -m evovit train ...`.
@@ -86,7 +94,7 @@ Path("mine.toml").write_text(recipe)
 # It starts from the dense weights, with the method on, for one epoch more.
 
 # %%
-# !evovit train mine.toml --set model.weights=runs/dense/model/model.safetensors --set run.epochs=1 --out runs/evo | tail -n 3
+# !evovit train mine.toml --set model.weights=runs/dense/model/model.safetensors --set run.epochs=1 --out runs/evo
 
 # %% [markdown]
 # The run folder has the recipe with every option, a line per update and epoch, the last checkpoints, and the model:
@@ -104,12 +112,16 @@ from timm.data import create_transform
 
 import evovit
 
-fast = evovit.load_reduced("runs/evo/model", timm.create_model("small_vit", depth=4)).eval()
+fast = evovit.load_reduced(
+    "runs/evo/model", timm.create_model("small_vit", depth=4)
+).eval()
 classes = sorted(folder.name for folder in Path("images/val").iterdir())
 some = sorted(Path("images/val").glob("*/*.png"))[::40]
 prepare = create_transform(48, crop_pct=0.875)  # as the recipe's test images
 with torch.inference_mode():
-    found = fast(torch.stack([prepare(Image.open(path).convert("RGB")) for path in some])).argmax(1)
+    found = fast(
+        torch.stack([prepare(Image.open(path).convert("RGB")) for path in some])
+    ).argmax(1)
 for path, number in zip(some, found.tolist(), strict=True):
     print(f"{path}: {classes[number]}")
 
@@ -118,4 +130,4 @@ for path, number in zip(some, found.tolist(), strict=True):
 #
 # Which method is best for your images? `evovit compare` trains several from the same dense weights under equal budgets:
 # [methods side by side](../comparison.md). A loop of your own: [this page](your_own_loop.md). Everything about training:
-# [training.md](../training.md).
+# [training](../training.md).

@@ -18,13 +18,20 @@ from torch import nn
 import evovit
 
 torch.manual_seed(0)
-scenes = evovit.digit_scenes("train", 192)  # built-in images: digits on a canvas, 48 pixels
+scenes = evovit.digit_scenes(
+    "train", 192
+)  # built-in images: digits on a canvas, 48 pixels
 batches = list(zip(scenes.images.split(32), scenes.labels.split(32), strict=True))
 
 
 def new_model() -> evovit.ReducedViT:
     host = timm.create_model("small_vit", depth=4)
-    options = {"start_block": 1, "stage_length": 3, "assisted_head": True, "switch_at": 2 / 3}
+    options = {
+        "start_block": 1,
+        "stage_length": 3,
+        "assisted_head": True,
+        "switch_at": 2 / 3,
+    }
     return evovit.reduce_tokens(host, "evo_vit", keep_ratio=0.5, **options).train()
 
 
@@ -68,7 +75,11 @@ from evovit.recipe.tables import ObjectiveTable
 from evovit.train.objective import Objective
 
 teacher = nn.Sequential(
-    nn.Conv2d(3, 8, 5, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    nn.Conv2d(3, 8, 5, 4),
+    nn.ReLU(),
+    nn.AdaptiveAvgPool2d(1),
+    nn.Flatten(),
+    nn.Linear(8, 10),
 )
 goal = ObjectiveTable(distillation="hard", label_smoothing=0.1)
 
@@ -92,7 +103,9 @@ from accelerate import Accelerator
 
 accelerator = Accelerator(cpu=True)
 objective = new_objective()
-objective, optimizer = accelerator.prepare(objective, torch.optim.AdamW(objective.parameters(), 1e-3))
+objective, optimizer = accelerator.prepare(
+    objective, torch.optim.AdamW(objective.parameters(), 1e-3)
+)
 method = accelerator.unwrap_model(objective).model.method
 for epoch in range(2):
     method.set_progress(epoch / 2)
@@ -164,7 +177,9 @@ class WithLoss(nn.Module):
         super().__init__()
         self.objective = new_objective()
 
-    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(
+        self, images: torch.Tensor, labels: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         looked = self.objective.look(images, labels)
         return {"loss": sum(looked.terms.values()), "logits": looked.heads["class"]}
 
@@ -178,7 +193,8 @@ class Progress(TrainerCallback):
 
 
 samples = [
-    {"images": image, "labels": label} for image, label in zip(scenes.images, scenes.labels, strict=True)
+    {"images": image, "labels": label}
+    for image, label in zip(scenes.images, scenes.labels, strict=True)
 ]
 arguments = TrainingArguments(
     "trainer",

@@ -23,7 +23,9 @@ model = timm.create_model("deit_tiny_patch16_224").eval()  # yours: add pretrain
 
 # %%
 prepare = create_transform(**resolve_model_data_config(model))
-photographs = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
+photographs = [
+    Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")
+]
 images = torch.stack([prepare(photograph) for photograph in photographs])
 images.shape
 
@@ -37,7 +39,11 @@ images.shape
 fast = evovit.reduce_tokens(model, "tome", r=13)
 with torch.inference_mode():
     dense_logits, fast_logits = model(images), fast(images)
-print(fast_logits.shape, "first class kept:", (dense_logits.argmax(1) == fast_logits.argmax(1)).tolist())
+print(
+    fast_logits.shape,
+    "first class kept:",
+    (dense_logits.argmax(1) == fast_logits.argmax(1)).tolist(),
+)
 
 # %% [markdown]
 # `fast` is called like `model` and answers like it. Your model lies under `fast.model`, with its own keys and weights:
@@ -68,7 +74,11 @@ print(
 # %%
 evo = evovit.reduce_tokens(model, "evo_vit", keep_ratio=0.5)
 kept = evovit.kept_patches(evo, images)
-print(kept.shape, "share of the patches, block by block:", kept.float().mean((0, 2, 3)).tolist())
+print(
+    kept.shape,
+    "share of the patches, block by block:",
+    kept.float().mean((0, 2, 3)).tolist(),
+)
 
 # %% [markdown]
 # and as a picture. With random weights it shows what the method does, not what a trained model looks at.
@@ -79,7 +89,11 @@ from evovit.visualize import draw_side_by_side
 config = resolve_model_data_config(model)
 mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
 colours = (images * std + mean).clamp(0, 1)
-draw_side_by_side(colours, {f"after block {n}": kept[:, n] for n in (3, 4, 8, 11)}, ["china", "flower"])
+draw_side_by_side(
+    colours,
+    {f"after block {n}": kept[:, n] for n in (3, 4, 8, 11)},
+    ["china", "flower"],
+)
 
 # %% [markdown]
 # ## Change it

@@ -6,13 +6,22 @@
 
 # %%
 import torch
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
+from transformers import (
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    pipeline,
+)
 
 import evovit
 
 torch.manual_seed(0)
 config = ViTConfig(
-    hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, num_labels=10
+    hidden_size=192,
+    num_hidden_layers=12,
+    num_attention_heads=3,
+    intermediate_size=768,
+    num_labels=10,
 )
 model = ViTForImageClassification(config).eval()
 
@@ -38,7 +47,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 photograph = Image.fromarray(load_sample_image("china.jpg"))
-classify = pipeline("image-classification", model=fast, image_processor=ViTImageProcessor(), top_k=2)
+classify = pipeline(
+    "image-classification", model=fast, image_processor=ViTImageProcessor(), top_k=2
+)
 classify(photograph)
 
 # %% [markdown]
@@ -50,7 +61,12 @@ classify(photograph)
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 siglip = SiglipVisionModel(
-    SiglipVisionConfig(hidden_size=96, intermediate_size=192, num_hidden_layers=6, num_attention_heads=3)
+    SiglipVisionConfig(
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=6,
+        num_attention_heads=3,
+    )
 ).eval()
 try:
     evovit.reduce_tokens(siglip, "evo_vit")
@@ -58,7 +74,9 @@ except evovit.EvoViTError as error:
     print(error)
 
 # %%
-reduced = evovit.reduce_tokens(siglip, "evo_vit", selection="probe", start_block=2, stage_length=2)
+reduced = evovit.reduce_tokens(
+    siglip, "evo_vit", selection="probe", start_block=2, stage_length=2
+)
 with torch.inference_mode():
     print(reduced(images).pooler_output.shape)
 
@@ -72,9 +90,18 @@ with torch.inference_mode():
 # %%
 from transformers import CLIPConfig, CLIPModel
 
-small = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3}
-clip = CLIPModel(CLIPConfig(vision_config=small, text_config=small, projection_dim=32)).eval()
-tower = evovit.reduce_tower(clip, "evo_vit", keep_ratio=0.5, start_block=2, stage_length=2)
+small = {
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 3,
+}
+clip = CLIPModel(
+    CLIPConfig(vision_config=small, text_config=small, projection_dim=32)
+).eval()
+tower = evovit.reduce_tower(
+    clip, "evo_vit", keep_ratio=0.5, start_block=2, stage_length=2
+)
 words = torch.tensor([[1, 5, 7, 49407], [1, 6, 8, 49407]])
 with torch.inference_mode():
     reduced_answer = clip(input_ids=words, pixel_values=images).logits_per_image

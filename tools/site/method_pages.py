@@ -20,10 +20,8 @@ from evovit.engines.exporting import preprocessing_of
 from evovit.errors import EvoViTError
 from evovit.look.one import BlockLook, blocks_of
 from evovit.methods import build_config, find_method, list_methods
-from evovit.model import ReducedViT
 
 PICTURED = "deit_tiny_patch16_224"  # of random weights: nothing is downloaded
-STAGED = "evo_levit_128s_224"
 COUNTED = "deit_small_patch16_224"
 SHARES = (0.7, 0.5, 0.3)
 KINDS = {  # a host of each kind, by what its users would call it
@@ -142,28 +140,26 @@ def _own_parameters(name: str) -> int:
 
 
 @cache
-def _pictured(name: str) -> tuple[nn.Module, list[Photograph]]:
+def _pictured() -> tuple[nn.Module, list[Photograph]]:
     """Return a host of random weights and scikit-learn's photographs as it takes them."""
     torch.manual_seed(0)
-    host = timm.create_model(name).eval()
-    host = host.model if isinstance(host, ReducedViT) else host
+    host = timm.create_model(PICTURED).eval()
     return host, [prepared(sample(title), preprocessing_of(host), title) for title in ("china", "flower")]
 
 
 def picture(name: str) -> bytes | None:
     """Return what a method makes of scikit-learn's photographs, PNG; None if there is nothing to draw."""
-    for host_name in (PICTURED, STAGED):
-        host, photographs = _pictured(host_name)
-        try:
-            reduced = evovit.reduce_tokens(host, name, verify=False).eval()
-        except EvoViTError:
-            continue
-        with torch.no_grad():
-            looks = [blocks_of(reduced, photograph.image[None]) for photograph in photographs]
-        reducing = [block for block in looks[0] if block.reduces]
-        if reducing and all(block.has_places for block in reducing):
-            return _drawn(photographs, looks)
-    return None
+    host, photographs = _pictured()
+    try:
+        reduced = evovit.reduce_tokens(host, name, verify=False).eval()
+    except EvoViTError:
+        return None
+    with torch.no_grad():
+        looks = [blocks_of(reduced, photograph.image[None]) for photograph in photographs]
+    reducing = [block for block in looks[0] if block.reduces]
+    if not reducing or not all(block.has_places for block in reducing):
+        return None
+    return _drawn(photographs, looks)
 
 
 def _drawn(photographs: Sequence[Photograph], looks: Sequence[Sequence[BlockLook]]) -> bytes:

@@ -20,7 +20,7 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 SECONDS = 600  # of one cell, before the build fails
-SHELL = "%%script bash -eo pipefail"  # a command that fails ends the build
+SHELL = "%%script env -u FORCE_COLOR bash -e"  # no progress bars; a command that fails ends the build
 TERMINAL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r(?=\n)")
 
 
@@ -44,7 +44,7 @@ def make_page(path: Path, execute: bool = True) -> Page:
         _run(notebook)
     link = f"[Download this page as a notebook]({path.stem}.ipynb){{ .md-button download }}"
     markdown, pictures = _render(notebook, path.stem)
-    return Page(f"{markdown}\n{link}\n", pictures, plain)
+    return Page(f"{markdown}\n\n{link}\n", pictures, plain)
 
 
 def as_notebook(text: str) -> Any:
