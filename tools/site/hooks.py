@@ -41,7 +41,7 @@ def on_config(config: MkDocsConfig) -> None:
         "methods/": [f"methods/{name}.md" for name in list_methods()],
         "commands/": [{name: f"commands/{name}.md"} for name in COMMANDS],
         "reference/": [{name: f"reference/{name}.md"} for name in reference.public_names()],
-        "tutorials/": [],
+        "reference/authors/": [page for page in reference.python_pages() if "/authors/" in page],
     }
     there = _pages_there(Path(config.docs_dir))
     config.nav = _completed(config.nav, made, there)

@@ -165,9 +165,11 @@ def picture(name: str) -> bytes | None:
 def _drawn(photographs: Sequence[Photograph], looks: Sequence[Sequence[BlockLook]]) -> bytes:
     depth = len(looks[0])
     chosen = sorted({round(part * (depth - 1) / COLUMNS) for part in range(1, COLUMNS + 1)})
-    figure = Figure(figsize=(1.75 * (len(chosen) + 1), 1.85 * len(photographs)), layout="constrained")
+    size = len(photographs), len(chosen) + 1
+    figure = Figure(figsize=(1.75 * size[1], 1.75 * size[0] + 0.2))
     figure.patch.set_alpha(0)
-    panels = figure.subplots(len(photographs), len(chosen) + 1, squeeze=False)
+    place = {"left": 0, "right": 1, "bottom": 0, "top": 1 - 0.2 / figure.get_figheight()}
+    panels = figure.subplots(*size, squeeze=False, gridspec_kw=place | {"wspace": 0.03, "hspace": 0.03})
     for title, panel in zip(["photograph", *(f"after block {n}" for n in chosen)], panels[0], strict=True):
         panel.set_title(title, fontsize=11, color=GREY)
     for row, photograph, blocks in zip(panels, photographs, looks, strict=True):
@@ -189,7 +191,7 @@ def picture_section(name: str, has_picture: bool) -> str:
         "patches within an outline are one token, dark ones none" if merges else "dark patches take no part"
     )
     return (
-        f"## What it does to a photograph\n\n[![{name}, block by block]({name}.png)]({name}.png)\n\n"
+        f"## What it does to a photograph\n\n[![{name}, block by block]({name}.png){{ .wide }}]({name}.png)\n\n"
         f"The photographs are scikit-learn's; {rule}. Drawn when this page was built, with default options "
         "on a DeiT-T with random weights: it shows how tokens are treated, not what a trained model sees. "
         "[`evovit show`](../show.md) draws your own photograph and model.\n"
@@ -199,7 +201,7 @@ def picture_section(name: str, has_picture: bool) -> str:
 def first_picture() -> str:
     """Return the picture of the first page, which is in docs/."""
     return (
-        "[![Evo-ViT, block by block](methods/evo_vit.png)](methods/evo_vit.md)\n\n"
+        "[![Evo-ViT, block by block](methods/evo_vit.png){ .wide }](methods/evo_vit.md)\n\n"
         "*Two photographs, block by block: dark patches take no part. How it was drawn is on "
         "[the method's page](methods/evo_vit.md).*"
     )

@@ -21,9 +21,9 @@ from evovit.cli import COMMANDS
 
 SOURCE = Path(evovit.__file__).parent
 AUTHORS = {  # what methods and adapters are written with; the modules of evovit.ops join by themselves
-    "Methods": ("methods.base.Method", "methods.register", "options", "schedule.KeepSchedule"),
-    "Tokens": ("tokens.Tokens", "tokens.QKV", "tokens.Outputs", "tokens.Taught"),
-    "Hosts": ("backbones.base", "backbones.adapter", "backbones.check_adapter"),
+    "Methods": ("methods.base.Method", "methods.register", "options.option", "schedule.KeepSchedule"),
+    "Tokens": ("tokens.Tokens", "tokens.QKV", "tokens.Taught"),
+    "Hosts": tuple(f"backbones.base.{name}" for name in ("Backbone", "BackboneSpec", "Block", "Stage")),
     "Training": ("train.objective.Objective", "recipe.tables.ObjectiveTable"),
     "Pictures": ("visualize",),
 }
@@ -45,17 +45,14 @@ def public_names() -> list[str]:
 
 
 def python_pages() -> dict[str, str]:
-    """Return the page of each public name, and one for authors, by its path in docs/."""
+    """Return the page of each public name, and those for authors, by its path in docs/."""
     pages = {f"reference/{name}.md": f"::: evovit.{name}\n" for name in public_names()}
-    lines = ["# For authors of methods and adapters\n", "How they fit together: "]
-    lines[-1] += "[add a method](../adding_a_method.md), [add a host](../adding_a_backbone.md).\n"
     operators = tuple(f"ops.{module.name}" for module in iter_modules([str(SOURCE / "ops")]))
     for title, parts in (AUTHORS | {"Operators": operators}).items():
-        lines += [
-            f"## {title}\n",
-            *(f"::: evovit.{part}\n    options:\n      heading_level: 3\n" for part in parts),
-        ]
-    return pages | {"reference/authors.md": "\n".join(lines)}
+        options = "\n    options:\n      heading_level: 2\n      show_root_full_path: true\n"
+        entries = (f"::: evovit.{part}{options}" for part in parts)
+        pages[f"reference/authors/{title.lower()}.md"] = "\n".join([f"# {title}\n", *entries])
+    return pages
 
 
 def python_table() -> str:

@@ -93,7 +93,7 @@ def _render(notebook: Any, name: str) -> tuple[str, dict[str, bytes]]:
         for png in drawn:
             file = f"{name}-{len(pictures) + 1}.png"
             pictures[file] = png
-            parts.append(f"![What the cell above draws]({file})")
+            parts.append(f"![What the cell above draws]({file}){{ .wide }}")
     return "\n\n".join(parts), pictures
 
 
