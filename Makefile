@@ -15,6 +15,7 @@ test:
 	python -m pytest
 
 test-all:
+<<<<<<< HEAD
 	python -m pytest -m "not gpu and not torture"
 
 docs:  # RUN_TUTORIALS=false leaves their outputs out; `python -m mkdocs serve` shows changes at once
@@ -22,3 +23,6 @@ docs:  # RUN_TUTORIALS=false leaves their outputs out; `python -m mkdocs serve` 
 
 package:
 	.ci/package
+=======
+	python -m pytest -m "not full and not gpu and not torture"
+>>>>>>> main
