@@ -102,32 +102,27 @@ _ = Path("mine.toml").write_text(recipe)
 #
 # ## Use it
 #
-# `load_reduced("runs/evo/model")` builds a model of timm's or transformers' by itself; this one was made with an option of
-# ours, so it is handed over.
+# The folder knows the network, how images are prepared, and the names of the classes.
 
 # %%
-import timm
 import torch
-from timm.data import create_transform
+from timm.data import create_transform, resolve_data_config
 
 import evovit
 
-fast = evovit.load_reduced(
-    "runs/evo/model", timm.create_model("small_vit", depth=4)
-).eval()
-classes = sorted(folder.name for folder in Path("images/val").iterdir())
+fast = evovit.load_reduced("runs/evo/model").eval()
+prepare = create_transform(**resolve_data_config(model=fast))
+classes = fast.pretrained_cfg["label_names"]
 some = sorted(Path("images/val").glob("*/*.png"))[::40]
-prepare = create_transform(48, crop_pct=0.875)  # as the recipe's test images
+images = torch.stack([prepare(Image.open(path).convert("RGB")) for path in some])
 with torch.inference_mode():
-    found = fast(
-        torch.stack([prepare(Image.open(path).convert("RGB")) for path in some])
-    ).argmax(1)
+    found = fast(images).argmax(1)
 for path, number in zip(some, found.tolist(), strict=True):
     print(f"{path}: {classes[number]}")
 
 # %% [markdown]
 # ## Next
 #
-# Which method is best for your images? `evovit compare` trains several from the same dense weights under equal budgets:
+# [Share it](../sharing.md) by one line. Which method is best for your images? `evovit compare` trains several from the same dense weights under equal budgets:
 # [methods side by side](../comparison.md). A loop of your own: [this page](your_own_loop.md). Everything about training:
 # [training](../training.md).

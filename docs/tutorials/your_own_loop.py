@@ -120,8 +120,8 @@ print(f"loss {loss.item():.2f}")
 # %% [markdown]
 # ## Lightning
 #
-# The objective is a part of the LightningModule. This page is built without Lightning, so the last cell calls the hooks as
-# Lightning does; with it, `lightning.Trainer(max_epochs=2).fit(Classifier(), loader)` takes its place.
+# The objective is a part of the LightningModule (tried with Lightning 2.6). This page is built without it, so the last cell calls
+# the hooks as Lightning does; with it, `lightning.Trainer(max_epochs=2).fit(Classifier(), loader)` takes its place.
 
 # %%
 try:

@@ -32,6 +32,7 @@ OF_METHOD = {  # on the page of a method
     "facts": method_pages.facts,
     "options": method_pages.options,
     "cost": method_pages.cost,
+    "measured": method_pages.measured,
 }
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import timm
@@ -21,6 +23,7 @@ from evovit.errors import EvoViTError
 from evovit.look.one import BlockLook, blocks_of
 from evovit.methods import build_config, find_method, list_methods
 
+DOCS = Path(__file__).parent.parent.parent / "docs"
 PICTURED = "deit_tiny_patch16_224"  # of random weights: nothing is downloaded
 COUNTED = "deit_small_patch16_224"
 SHARES = (0.7, 0.5, 0.3)
@@ -43,7 +46,7 @@ def unwritten_page(name: str) -> str:
     cls = find_method(name)
     module = __import__(cls.__module__, fromlist=["_"]).__doc__ or ""
     return f"# {cls.__name__}\n\n{summary(name)}\n\n{module}\n\n" + "\n\n".join(
-        f"<!-- site: {part} -->" for part in ("facts", "picture", "options", "cost")
+        f"<!-- site: {part} -->" for part in ("picture", "measured", "cost", "facts", "options")
     )
 
 
@@ -79,6 +82,19 @@ def _verdict(name: str, host: str) -> str:
     except EvoViTError as error:
         return f"not by default. *{plain(str(error))}*"
     return "yes"
+
+
+def measured(name: str) -> str:
+    """Return the rows of a method in the newest table of docs/speed.md that has any."""
+    for section in (DOCS / "speed.md").read_text(encoding="utf-8").split("\n## ")[1:]:
+        title, rows = section.splitlines()[0], re.findall(r"^\|.*\|$", section, re.MULTILINE)
+        own = [row for row in rows if re.match(rf"\| `{name}`", row)]
+        if own and rows[0].startswith("| method |") and "eager" in rows[0]:
+            anchor = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+            dense = [row for row in rows if row.startswith("| dense |")][:1]
+            table = "\n".join([*rows[:2], *dense, *own])
+            return f"Measured here, [{title}](../speed.md#{anchor}):\n\n{table}"
+    return ""
 
 
 def options(name: str) -> str:
@@ -191,7 +207,8 @@ def picture_section(name: str, has_picture: bool) -> str:
         "patches within an outline are one token, dark ones none" if merges else "dark patches take no part"
     )
     return (
-        f"## What it does to a photograph\n\n[![{name}, block by block]({name}.png){{ .wide }}]({name}.png)\n\n"
+        "## What it does to a photograph\n\n"
+        f"[![{name}, block by block]({name}.png){{ .wide }}]({name}.png)\n\n"
         f"The photographs are scikit-learn's; {rule}. Drawn when this page was built, with default options "
         "on a DeiT-T with random weights: it shows how tokens are treated, not what a trained model sees. "
         "[`evovit show`](../show.md) draws your own photograph and model.\n"
