@@ -20,7 +20,7 @@ from evovit.checkpoints.reduced import load_reduced, save_reduced
 from evovit.methods import DENSE, find_method
 from evovit.recipe.tables import ObjectiveTable
 from evovit.train.objective import Objective
-from tests.conftest import HOSTS, make_host, pairs, pictures, traced
+from tests.conftest import HOSTS, covering, make_host, pairs, pictures, traced
 
 METHODS = evovit.list_methods()
 
@@ -47,7 +47,6 @@ def seeded(model: nn.Module, images: Tensor, seed: int = 0) -> Tensor:
     return model(images)  # type: ignore[no-any-return]
 
 
-TRACED = ["vit_avg", pytest.param("eva02", marks=pytest.mark.slow)]  # tracing takes most of the time
 PAIRS = pairs(METHODS)
 ON_VIT = [(m, o) for m in METHODS for o in variants(m)]
 IDS = [f"{m}-{o.get('mode') or o.get('rest', 'default')}" for m, o in ON_VIT]
@@ -122,33 +121,48 @@ def test_training_and_evaluation_agree_without_dropout(method: str, options: dic
         assert (trained - evaluated).abs().max() <= 1e-6 * evaluated.abs().max()  # other products, same sums
 
 
-def check_one_graph(method: str, options: dict[str, Any], host: str, modes: tuple[bool, ...]) -> None:
-    for training in modes:
-        torch._dynamo.reset()
-        reduced, images = wrap(make_host(host), method, options).train(training), pictures()
-        compiled = torch.compile(reduced, fullgraph=True, backend="aot_eager")
-        with torch.set_grad_enabled(training):
-            expected, actual = seeded(reduced, images), seeded(compiled, images)
-        assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-5)
-        if training:
-            actual.square().mean().backward()
+def check_one_graph(method: str, options: dict[str, Any], host: str, training: bool, backend: str) -> None:
+    torch._dynamo.reset()
+    reduced, images = wrap(make_host(host), method, options).train(training), pictures()
+    compiled = torch.compile(reduced, fullgraph=True, backend=backend)
+    with torch.set_grad_enabled(training):
+        expected, actual = seeded(reduced, images), seeded(compiled, images)
+    assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-5)
+    if training:
+        actual.square().mean().backward()
 
 
-@pytest.mark.parametrize(("method", "options"), traced(ON_VIT), ids=IDS)
-@pytest.mark.parametrize("host", TRACED)
-def test_compiles_in_one_graph(method: str, options: dict[str, Any], host: str) -> None:
-    check_one_graph(method, options, host, (False, True))
+@pytest.mark.parametrize(("method", "options"), traced(ON_VIT, ("evo_vit", "tome")), ids=IDS)
+def test_compiles_in_one_graph(method: str, options: dict[str, Any]) -> None:
+    """In evaluation and in training, with the graph of the gradients."""
+    for training in (False, True):
+        check_one_graph(method, options, "vit_avg", training, "aot_eager")
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "host"),
+    [pytest.param(m, h, marks=covering(m, h)) for h in HOSTS if h != "vit_avg" for m in METHODS],
+)
+def test_trains_in_one_graph_on_every_host(method: str, host: str) -> None:
+    """Each operator of the graph runs by itself, so that autograd finds the gradients as in eager mode."""
+    check_one_graph(method, find_method(method).example, host, True, "eager")
+
+
+@pytest.mark.full
 @pytest.mark.parametrize(("method", "options"), ON_VIT, ids=IDS)
-@pytest.mark.parametrize("host", sorted(set(HOSTS) - {"vit_avg", "eva02"}))
-def test_trains_in_one_graph_on_every_host(method: str, options: dict[str, Any], host: str) -> None:
-    check_one_graph(method, options, host, (True,))
+@pytest.mark.parametrize("host", sorted(set(HOSTS) - {"vit_avg"}))
+def test_compiles_in_one_graph_on_every_host(method: str, options: dict[str, Any], host: str) -> None:
+    for training in (False, True):
+        check_one_graph(method, options, host, training, "aot_eager")
 
 
-@pytest.mark.parametrize(("method", "options"), traced(ON_VIT), ids=IDS)
-@pytest.mark.parametrize("host", TRACED)
+@pytest.mark.parametrize(
+    ("method", "options", "host"),
+    [
+        *traced([(method, options, "vit_avg") for method, options in ON_VIT]),
+        *(pytest.param(m, find_method(m).example, "eva02", marks=pytest.mark.slow) for m in METHODS),
+    ],
+)
 def test_exports_with_a_dynamic_batch(method: str, options: dict[str, Any], host: str) -> None:
     reduced = wrap(make_host(host), method, options)
     batch = torch.export.Dim("batch", min=1, max=64)
@@ -321,8 +335,14 @@ def test_a_grid_keeping_method_gives_a_map_in_raster_order(method: str) -> None:
         assert torch.allclose(order, torch.nn.functional.avg_pool2d(direct, 4 // order.shape[-1]), atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("method", "options"), ON_VIT, ids=IDS)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        pytest.param(m, o, marks=pytest.mark.slow if o == find_method(m).example else pytest.mark.full)
+        for m, o in ON_VIT
+    ],
+    ids=IDS,
+)
 def test_the_default_compiler_agrees(method: str, options: dict[str, Any]) -> None:
     torch._dynamo.reset()
     reduced, images = wrap(make_host("vit_avg"), method, options), pictures()

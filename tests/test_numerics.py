@@ -35,8 +35,15 @@ def test_compiled_code_equals_the_official_logits(golden: Golden, load: Load, na
     assert_close(logits, golden.out(case, "logits"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("golden", "load", "name"), CASES, ids=[name for _, _, name in CASES])
+@pytest.mark.parametrize(
+    ("golden", "load", "name"),
+    [
+        pytest.param(
+            *case, id=case[2], marks=pytest.mark.slow if case in (CASES[0], CASES[-1]) else pytest.mark.full
+        )
+        for case in CASES
+    ],
+)
 def test_compiled_bfloat16_is_as_near_to_the_official_logits_as_plain(
     golden: Golden, load: Load, name: str
 ) -> None:

@@ -28,7 +28,7 @@ Run road: recipe -> numbers
   recipe       what a training is: tables, reading, and the recipes that come with the package
   hosts        a host by its name, or one sentence
   data         images and labels: digit scenes, folders, shards
-  checkpoints  save_reduced and load_reduced; the authors' checkpoints
+  checkpoints  save_reduced, load_reduced, push_to_hub; the authors' checkpoints
   engines      a model written for ONNX Runtime, OpenVINO or PyTorch's own, proven against eager
   bench        how fast: dense and reduced timed in turn
   train        the training of one recipe: build, objective, loop, checkpoints, records
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from evovit.checkpoints.official import load_official as load_official
     from evovit.checkpoints.reduced import load_reduced as load_reduced
     from evovit.checkpoints.reduced import save_reduced as save_reduced
+    from evovit.checkpoints.sharing import push_to_hub as push_to_hub
     from evovit.data.digits import digit_scenes as digit_scenes
     from evovit.engines.exporting import export as export
     from evovit.errors import EvoViTError as EvoViTError
@@ -101,6 +102,7 @@ _HOMES = {  # a name is imported from its module when it is first asked for
     "list_models": "models",
     "load_official": "checkpoints.official",
     "load_reduced": "checkpoints.reduced",
+    "push_to_hub": "checkpoints.sharing",
     "reduce_tokens": "model",
     "reduce_tower": "towers",
     "restore_tower": "towers",

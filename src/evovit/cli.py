@@ -25,6 +25,7 @@ COMMANDS = {
     "show": "see on your own photographs what each block keeps, dense and reduced answers side by side",
     "app": "the same in a web page on this machine, with sliders for keep ratio and block",
     "analyse": "show what a model attends to and keeps: the paper's figures 2, 4 and 5",
+    "push": "share a saved model or a run on the Hugging Face Hub",
     "train": "train a recipe; the same command again goes on where it stopped",
     "compare": "train recipes under equal budgets and lay them side by side",
     "report": "lay finished runs side by side",

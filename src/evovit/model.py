@@ -153,6 +153,19 @@ class ReducedViT(nn.Module):
                     trace.append(tokens)
         return tokens, trace
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Put this model on the Hugging Face Hub, as `evovit.push_to_hub` does; return the commit's address.
+
+        Args:
+            repo_id: user/name; `evovit.load_reduced("hf:user/name")` loads it again.
+            options: private, token, revision, commit_message, create_pr; for the card measured, accuracy,
+                base_model; where the host does not tell how it was made host, host_options.
+        """
+        import evovit
+
+        address: str = evovit.push_to_hub(self, repo_id, **options)
+        return address
+
     # timm's conveniences
 
     def forward_features(self, images: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def test_compiles_exports_copies_and_trains(method: str, selection: str) -> None
     reduced, images = reduced_by(make_host("siglip"), method, selection), pictures(3)
     with torch.no_grad():
         expected = reduced(images)
-        compiled = torch.compile(reduced, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(reduced, fullgraph=True, backend="eager")
         assert torch.allclose(compiled(images), expected, rtol=1e-4, atol=1e-5)
         batch = {"images": {0: torch.export.Dim("batch", min=2, max=8)}}
         program = torch.export.export(reduced, (pictures(2),), dynamic_shapes=batch).module()

@@ -58,7 +58,7 @@ def jitter(center: float, share: float, seed: int) -> list[float]:
     return (center * (1 + share * noise)).tolist()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def small_run() -> list[Row]:
     return measure(setting(engines=("eager", "graphs")), [EVO])
 

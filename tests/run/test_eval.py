@@ -9,10 +9,12 @@ import timm
 import torch
 from PIL import Image
 
+import evovit
 from evovit import cli
 from evovit.errors import EvoViTError
 from evovit.recipe.reading import LIBRARY
-from evovit.train.tested import places_of
+from evovit.runtime.world import join_world
+from evovit.train.tested import places_of, saved_model
 from tests.run.processes import train_here
 from tests.run.test_every_method import recipe_for
 
@@ -73,7 +75,32 @@ def test_a_timm_model_with_a_file_of_weights_is_tested_on_a_folder(
     head, dense, tome = capsys.readouterr().out.splitlines()
     assert head.startswith("test_vit, ")
     assert "top-1 50.00 %" in dense and "6 images, 0 unreadable" in dense
-    assert "top-1 50.00 % (+0.00)" in tome
+    assert "top-1 50.00 % (+0.00 ± 0.00)" in tome
+
+
+def test_a_saved_model_is_tested_on_images_prepared_as_it_tells(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = timm.create_model("test_vit", num_classes=2).eval()
+    model.pretrained_cfg |= {
+        "mean": (0.0,) * 3,
+        "std": (0.1,) * 3,
+        "interpolation": "nearest",
+        "crop_mode": "squash",
+    }
+    evovit.save_reduced(evovit.reduce_tokens(model, "tome", r=4), tmp_path)
+    images = saved_model(str(tmp_path), folder, ["data.workers=0", "run.device=cpu"]).images
+    with join_world("cpu") as world:
+        (pixels, labels), *_ = images.test(world)
+    assert (
+        pixels[labels == 0][:, 2].min() == 10 and pixels[labels == 0][:, :2].abs().max() == 0
+    )  # blue is 1 / 0.1
+    tell(str(tmp_path), "--images", str(folder), "--workers", "0", "--method", "evit:blocks=[1]")
+    head, trained, _, evit = capsys.readouterr().out.splitlines()
+    assert head == f"{tmp_path}:" and trained.startswith("  as trained: top-1") and "evit" in evit
+    with pytest.raises(SystemExit):
+        tell(str(tmp_path), "--images", str(folder), "--pretrained")
+    assert "has weights of its own" in capsys.readouterr().err
 
 
 def test_folders_named_as_imagenets_classes_find_their_places() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def wait_for_updates(child: Any, folder: Path) -> None:
 
 @pytest.mark.parametrize("overrides", [(), ("run.seed=5",)], ids=["the same", "another recipe"])
 def test_a_second_training_in_a_folder_is_refused_and_the_first_is_undisturbed(
-    tmp_path: Path, overrides: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, overrides: tuple[str, ...], whole_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, folder = small(tmp_path), tmp_path / "run"
     first = start(recipe, folder)
@@ -65,8 +66,7 @@ def test_a_second_training_in_a_folder_is_refused_and_the_first_is_undisturbed(
     said = capsys.readouterr()
     assert said.err.count("\n") == 1 and repr(str(folder)) in said.err and "another process" in said.err
     assert finish(first) == [0]
-    train_here(recipe, tmp_path / "alone")
-    assert outcome(folder) == outcome(tmp_path / "alone")
+    assert outcome(folder) == outcome(whole_run)
 
 
 def test_a_folder_is_free_again_when_its_holder_was_killed(tmp_path: Path) -> None:
@@ -154,9 +154,9 @@ def blocked(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["steps.jsonl", "epochs.jsonl", "environment.json", "checkpoints", "model", "model/method.json"]
 )
-def test_what_cannot_be_written_at_resume_is_one_sentence(tmp_path: Path, name: str) -> None:
+def test_what_cannot_be_written_at_resume_is_one_sentence(tmp_path: Path, name: str, once_run: Path) -> None:
     recipe, folder = small(tmp_path, *ONCE), tmp_path / "run"
-    train_here(recipe, folder)
+    shutil.copytree(once_run, folder)
     blocked(folder, name)
     with pytest.raises(EvoViTError, match=f"{folder}.*(cannot be written|is a file)") as told:
         train_here(recipe, folder)
@@ -186,14 +186,23 @@ def test_the_command_says_it_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
     assert exit_.value.code == 2 and said.count("\n") == 1 and str(tmp_path / "run") in said
 
 
-@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS], ids=errno.errorcode.get)
+def refusals(first: int, step: int) -> list[Any]:
+    """Return where a disk is full, and between these places where one may only be read."""
+    return [(errno.ENOSPC, first, step), (errno.EROFS, first + step // 2, step)]
+
+
+@pytest.mark.parametrize(
+    ("error", "place", "step"),
+    [
+        *refusals(0, 20),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in refusals(0, 2)),
+        *(pytest.param(*case, marks=pytest.mark.full) for case in refusals(0, 1)),
+    ],
+)
 def test_a_disk_that_refuses_at_any_moment_is_one_sentence_and_loses_nothing(
-    tmp_path: Path, error: int, every: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, error: int, place: int, step: int, once_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, place = small(tmp_path, *ONCE), 0
-    train_here(recipe, tmp_path / "undisturbed")
-    undisturbed = outcome(tmp_path / "undisturbed")
+    recipe, undisturbed = small(tmp_path, *ONCE), outcome(once_run)
     while True:
         folder = tmp_path / str(place)
         with monkeypatch.context() as patch:
@@ -205,11 +214,12 @@ def test_a_disk_that_refuses_at_any_moment_is_one_sentence_and_loses_nothing(
                 assert os.strerror(error) in str(told) and "\n" not in str(told)
         assert "finished" in train_here(recipe, folder)
         assert outcome(folder) == undisturbed and not strays(folder)
-        place += every
+        place += step
     assert place > 60
 
 
-def test_a_disk_that_is_really_full_is_one_sentence_and_loses_nothing(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_disk_that_is_really_full_is_one_sentence_and_loses_nothing(tmp_path: Path, once_run: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
@@ -217,7 +227,6 @@ def test_a_disk_that_is_really_full_is_one_sentence_and_loses_nothing(tmp_path: 
         pytest.skip("this user may not mount")
     try:
         recipe, said = small(tmp_path, *ONCE), []
-        train_here(recipe, tmp_path / "undisturbed")
         ballast = disk / "ballast"
         for free in range(20, 1000, 60):  # kB
             ballast.write_bytes(bytes(3 * 2**20 - 1024 * free))
@@ -227,7 +236,7 @@ def test_a_disk_that_is_really_full_is_one_sentence_and_loses_nothing(tmp_path: 
                 said.append(str(told))
             ballast.unlink()
             train_here(recipe, disk / "run")
-            assert outcome(disk / "run") == outcome(tmp_path / "undisturbed") and not strays(disk / "run")
+            assert outcome(disk / "run") == outcome(once_run) and not strays(disk / "run")
             subprocess.run(["rm", "-r", str(disk / "run")], check=True)
         assert len(said) >= 5 and all("No space left on device" in text for text in said)
         assert not any("\n" in text for text in said)
@@ -235,10 +244,12 @@ def test_a_disk_that_is_really_full_is_one_sentence_and_loses_nothing(tmp_path: 
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_what_killed_processes_left_half_written_goes_also_if_their_numbers_are_taken(tmp_path: Path) -> None:
+def test_what_killed_processes_left_half_written_goes_also_if_their_numbers_are_taken(
+    tmp_path: Path, once_run: Path
+) -> None:
     """The folder is held, so nobody else writes there: also names of the former version, and safetensors'."""
     recipe, folder = small(tmp_path, *ONCE), tmp_path / "run"
-    train_here(recipe, folder)
+    shutil.copytree(once_run, folder)
     names = (f".steps.jsonl.{os.getppid()}.0123456789abcdef.tmp", f".a.{os.getppid()}.tmp", ".tmpA1b2C3")
     left = [folder / place / name for place in ("", "checkpoints", "model") for name in names]
     for path in left:
@@ -249,9 +260,9 @@ def test_what_killed_processes_left_half_written_goes_also_if_their_numbers_are_
     assert not strays(folder)
 
 
-def test_checkpoints_that_a_kill_left_too_many_go(tmp_path: Path) -> None:
+def test_checkpoints_that_a_kill_left_too_many_go(tmp_path: Path, whole_run: Path) -> None:
     recipe, folder = small(tmp_path), tmp_path / "run"
-    train_here(recipe, folder)
+    shutil.copytree(whole_run, folder)
     before = outcome(folder)
     kept = {path.name for path in (folder / "checkpoints").iterdir()}
     for old, new in (("000000024", "000000003"), ("best-*", "best-000000001")):
@@ -262,14 +273,13 @@ def test_checkpoints_that_a_kill_left_too_many_go(tmp_path: Path) -> None:
     assert outcome(folder) == before
 
 
-def test_a_second_sigterm_is_harmless(tmp_path: Path) -> None:
+def test_a_second_sigterm_is_harmless(tmp_path: Path, whole_run: Path) -> None:
     """One comes at every step of writing, from the first file of the run on."""
     recipe, folder = small(tmp_path), tmp_path / "run"
     assert finish(start(recipe, folder, act=partial(faults.ask_to_stop_from, 0))) == [0]
     assert "stopped and saved after update 1" in (tmp_path / "run.said").read_text()
     assert "going on after update 1 of 24" in train_here(recipe, folder)
-    train_here(recipe, tmp_path / "undisturbed")
-    assert outcome(folder) == outcome(tmp_path / "undisturbed")
+    assert outcome(folder) == outcome(whole_run)
 
 
 def test_a_sigterm_while_the_final_weights_are_written_is_harmless(tmp_path: Path) -> None:
@@ -293,7 +303,11 @@ def command(words: list[str], folder: Path) -> None:
     [
         (["train", "small.toml", "--seeds", "0", "1"], "seed0", "seed1"),
         (["compare", "small.toml", "dense.toml"], "dense/seed0", "small"),
-        (["quickstart", "--epochs", "2", "--test-scenes", "20", "--device", "cpu"], "dense", "evo_vit"),
+        pytest.param(
+            ["quickstart", "--epochs", "2", "--test-scenes", "20", "--device", "cpu"],
+            *("dense", "evo_vit"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else "",
 )
@@ -317,7 +331,9 @@ def children_of(process: Any) -> list[int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("wait", [0.0, 0.03, 0.06, 0.09])
+@pytest.mark.parametrize(
+    "wait", [0.0, *(pytest.param(wait, marks=pytest.mark.slow) for wait in (0.03, 0.06, 0.09))]
+)
 def test_sigterm_to_every_process_of_a_training_stops_it_as_one_to_the_main_process(
     tmp_path: Path, wait: float
 ) -> None:
@@ -345,6 +361,7 @@ def test_a_folder_that_is_no_run_keeps_what_is_in_it(tmp_path: Path) -> None:
     assert (tmp_path / "run" / names[0]).read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_under_the_output_is_one_sentence(tmp_path: Path) -> None:
     recipe, folder = small(tmp_path), tmp_path / "run"
@@ -356,6 +373,7 @@ def test_a_full_disk_under_the_output_is_one_sentence(tmp_path: Path) -> None:
     assert "finished" in train_here(recipe, folder)
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     recipe, folder = small(tmp_path), tmp_path / "run"
     words = [sys.executable, "-m", "evovit", "train", str(tmp_path / "small.toml"), "--out", str(folder)]

@@ -12,6 +12,7 @@ import torch
 
 import evovit
 from evovit.cli import main
+from evovit.data.digits import MEAN
 from evovit.errors import EvoViTError
 from evovit.hosts import create_host
 from tests.hf_hosts import make_config, make_hf, worst
@@ -82,7 +83,7 @@ def test_methods_of_a_host(saved: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_bench(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", f"hf:{saved}", "--method", "evo_vit:start_block=1", "tome:r=3", "--batch", "2"]
-    main([*arguments, "--device", "cpu", "--dtype", "fp32", "--engine", "eager"])
+    main([*arguments, "--device", "cpu", "--dtype", "fp32", "--engine", "eager", "--rounds", "2"])
     told = capsys.readouterr().out
     assert "evo_vit" in told and "tome" in told and "dense" in told
 
@@ -117,5 +118,7 @@ device = "cpu"
     main(["train", str(recipe), "--out", str(out)])
     again = evovit.load_reduced(next(out.rglob("method.json")).parent)
     assert again.num_classes == 10
+    assert again.pretrained_cfg["label_names"] == [str(digit) for digit in range(10)]
+    assert again.pretrained_cfg["mean"] == (MEAN,) * 3  # of the digits, not of the host
     main(["eval", str(next(out.rglob("recipe.toml")).parent)])
     assert "top-1" in capsys.readouterr().out

@@ -14,7 +14,7 @@ from evovit.commands.quickstart import quickstart
 from evovit.data.digits import digit_scenes
 from evovit.data.images import TEST_SEED
 from evovit.errors import EvoViTError
-from evovit.models.small_vit import ConvStem, small_vit
+from evovit.models.small_vit import ConvStem
 from evovit.recipe.reading import differences
 from evovit.report.quickstart import Result, chosen_scenes
 from evovit.study import digit_recipes
@@ -108,7 +108,7 @@ def test_a_second_call_trains_nothing_anew(folder: Path) -> None:
 
 def test_the_recorded_accuracy_is_that_of_the_saved_weights(folder: Path) -> None:
     row = json.loads((folder / "results.json").read_text())[1]
-    evo = load_reduced(folder / "evo_vit" / "model", small_vit(seed=0)).eval()
+    evo = load_reduced(folder / "evo_vit" / "model")
     scenes = digit_scenes("test", 20, seed=TEST_SEED)
     with torch.no_grad():
         assert 100 * int((evo(scenes.images).argmax(1) == scenes.labels).sum()) / 20 == row["top1"]

@@ -29,10 +29,8 @@ Outcome = tuple[dict[str, bytes], list[float]]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    train_here(small(folder), folder / "run")
-    return outcome(folder / "run")
+def undisturbed(whole_run: Path) -> Outcome:
+    return outcome(whole_run)
 
 
 def kill_often(tmp_path: Path, kills: int, seed: int) -> tuple[Path, int]:
@@ -60,9 +58,9 @@ def test_killed_runs_end_bit_identical(tmp_path: Path, undisturbed: Outcome) -> 
     assert not list(folder.glob("**/.*.tmp"))
 
 
-def test_what_a_kill_left_half_written_is_removed(tmp_path: Path) -> None:
-    recipe, folder = small(tmp_path), tmp_path / "run"
-    train_here(recipe, folder)
+def test_what_a_kill_left_half_written_is_removed(tmp_path: Path, once_run: Path) -> None:
+    recipe, folder = small(tmp_path, *ONCE), tmp_path / "run"
+    shutil.copytree(once_run, folder)
     left = [folder / place / ".file.1.tmp" for place in ("", "model", "checkpoints")]
     for path in left:
         path.write_bytes(b"half")
@@ -120,7 +118,7 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path: Path, undisturbed: Outcome) -
     assert outcome(folder) == undisturbed
 
 
-def interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> Path:
+def interrupt(tmp_path: Path, after: int) -> Path:
     """Leave a run with checkpoints of the last two updates up to `after`."""
     real = trainer.Trainer.step
 
@@ -129,19 +127,23 @@ def interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> Pa
             raise KeyboardInterrupt
         return real(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(trainer.Trainer, "step", step)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer.Trainer, "step", step)
         train_here(small(tmp_path), tmp_path / "run")
-    monkeypatch.undo()
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return interrupt(tmp_path_factory.mktemp("interrupted"), 9)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "remove"])
 def test_a_damaged_checkpoint_is_seen_and_the_one_before_used(
-    tmp_path: Path, undisturbed: Outcome, suffix: str, damage: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, undisturbed: Outcome, suffix: str, damage: str, interrupted: Path
 ) -> None:
-    folder = interrupt(tmp_path, monkeypatch, 9)
+    folder = Path(shutil.copytree(interrupted, tmp_path / "run"))
     victim = folder / "checkpoints" / f"000000009.{suffix}"
     content = bytearray(victim.read_bytes())
     place = len(content) // 2
@@ -156,8 +158,8 @@ def test_a_damaged_checkpoint_is_seen_and_the_one_before_used(
     assert outcome(folder) == undisturbed
 
 
-def test_nothing_is_overwritten_where_all_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = interrupt(tmp_path, monkeypatch, 3)
+def test_nothing_is_overwritten_where_all_is_damaged(tmp_path: Path, interrupted: Path) -> None:
+    folder = Path(shutil.copytree(interrupted, tmp_path / "run"))
     for path in folder.glob("checkpoints/0*.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])
     before = {path: path.read_bytes() for path in folder.glob("checkpoints/*")}
@@ -167,26 +169,26 @@ def test_nothing_is_overwritten_where_all_is_damaged(tmp_path: Path, monkeypatch
 
 
 def test_a_full_disk_is_a_sentence_and_loses_nothing(
-    tmp_path: Path, undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, undisturbed: Outcome, interrupted: Path
 ) -> None:
-    folder = interrupt(tmp_path, monkeypatch, 5)
+    folder = Path(shutil.copytree(interrupted, tmp_path / "run"))
     assert finish(start(small(tmp_path), folder, largest_file=200_000)) == [2]
     said = (tmp_path / "run.said").read_text()
     assert "cannot be written" in said and "is whole" in said
-    assert "going on after update 5" in train_here(small(tmp_path), folder)
+    assert "going on after update 9" in train_here(small(tmp_path), folder)
     assert outcome(folder) == undisturbed
 
 
-def test_a_finished_run_stays_as_it_is_and_another_recipe_is_refused(tmp_path: Path) -> None:
-    recipe, folder = small(tmp_path, "run.epochs=2"), tmp_path / "run"
-    train_here(recipe, folder)
+def test_a_finished_run_stays_as_it_is_and_another_recipe_is_refused(tmp_path: Path, once_run: Path) -> None:
+    recipe, folder = small(tmp_path, *ONCE), tmp_path / "run"
+    shutil.copytree(once_run, folder)
     before = outcome(folder)
     assert "finished" in train_here(recipe, folder)
     assert outcome(folder) == before
     with pytest.raises(EvoViTError, match=r"method.keep_ratio: None, now 0.7"):
-        train_here(small(tmp_path, "run.epochs=2", "method.keep_ratio=0.7"), folder)
+        train_here(small(tmp_path, *ONCE, "method.keep_ratio=0.7"), folder)
     assert outcome(folder) == before
-    train_here(small(tmp_path, "run.epochs=2", "run.batch_per_device=8"), folder)  # how, not what
+    train_here(small(tmp_path, *ONCE, "run.batch_per_device=8"), folder)  # how, not what
 
 
 NESTED = ('model.options.pretrained_cfg_overlay={mean = [0.5, 0.5, 0.5], license = "frei für alle"}',)
@@ -206,10 +208,10 @@ def test_a_run_with_nested_options_goes_on(tmp_path: Path) -> None:
         train_here(small(tmp_path, *ONCE), folder)
 
 
-def test_a_run_whose_recipe_version_0_1_wrote_goes_on(tmp_path: Path) -> None:
+def test_a_run_whose_recipe_version_0_1_wrote_goes_on(tmp_path: Path, once_run: Path) -> None:
     """A line each option, those of the model with dotted keys."""
     recipe, folder = small(tmp_path, *ONCE), tmp_path / "run"
-    train_here(recipe, folder)
+    shutil.copytree(once_run, folder)
     lines = [(name.split(".", 1), json.dumps(value)) for name, value in recipe.knobs()]
     tables = {table: f"[{table}]\n" for (table, _), _ in lines}
     for (table, key), value in lines:

@@ -20,9 +20,9 @@ from pydantic import TypeAdapter
 from evovit.bench.profile import Profile
 from evovit.bench.setting import Setting, Variant
 from evovit.bench.step import TimedStep
-from evovit.errors import EvoViTError, in_one_line
+from evovit.errors import EvoViTError, in_one_line, shown
 from evovit.methods import DENSE
-from evovit.runtime.files import hold_folder, told, write_text
+from evovit.runtime.files import as_path, hold_folder, told, write_text
 
 NOISE_FLOOR = 0.005  # of a ratio: what the place of things in memory can do alone
 BUSY_SPREAD = 0.03  # median absolute deviation over median; above it times are called unsteady
@@ -280,6 +280,19 @@ def append_rows(folder: Path, rows: Sequence[Row], around: Record) -> list[Recor
         lines += [json.dumps(each) for each in new]
         write_text(path, "".join(line + "\n" for line in lines))
     return records + [json.loads(json.dumps(each)) for each in new]
+
+
+def read_rows(folder: Path) -> list[Record]:
+    """Return the rows of a folder's `rows.jsonl` that were measured; lines that are no row are left out."""
+    path, found = as_path(folder, "the folder of rows") / "rows.jsonl", list[Record]()
+    if not path.is_file():
+        raise EvoViTError(f"There is no {shown(path)}; give a folder that evovit bench wrote.")
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            found.append(read_record(line))
+        except (ValueError, TypeError, RecursionError):
+            continue
+    return [record for record in found if is_whole(record) and record.get("median_ms") is not None]
 
 
 def name_of(record: Record) -> str:

@@ -17,7 +17,7 @@ from torch import nn
 
 from evovit.errors import EvoViTError, in_one_line, shown
 from evovit.hosts import create_host
-from evovit.hosts.hf import as_timm_says
+from evovit.hosts.hf import as_timm_says, hub_name
 
 ARGUMENTS = (
     "num_classes",
@@ -27,6 +27,13 @@ ARGUMENTS = (
 )  # of timm, kept as attributes
 OF_THE_MOMENT = {"training", "grad_checkpointing", "gradient_checkpointing", "_is_hf_initialized"}
 OURS = "transformers.models."  # classes of these modules alone are imported by name
+ATTENTION = ("eager", "sdpa")  # others may be code that transformers fetches
+OPTIONS = ("add_pooling_layer", "use_mask_token")  # arguments of a host of transformers beside its config
+FETCHES = (  # parts of fields of a config by which transformers would fetch code or other models
+    *("attn_implementation", "experts_implementation", "use_kernels", "auto_map", "per_layer_config"),
+    *("use_pretrained_backbone", "use_timm_backbone"),
+)
+NAMES = ("backbone", "architecture")  # fields that would name a model elsewhere
 
 
 def describe(host: nn.Module, name: str | None = None, options: Mapping[str, Any] = {}) -> dict[str, Any]:
@@ -38,14 +45,13 @@ def describe(host: nn.Module, name: str | None = None, options: Mapping[str, Any
     Raises:
         EvoViTError: `name` and `options` build another host.
     """
+    name = None if name and ":" in name else name  # a hub's; the host tells which of timm's it is
     if name is None and type(host).__module__.startswith(OURS):
         found = _of_transformers(host)
     else:
-        found = {"timm": _name_of(host) if name is None else name, "options": dict(options)}
+        found = _of_timm(host) if name is None else {"timm": name, "options": dict(options)}
         if name is None and not found["timm"]:
             return {}
-        if name is None:
-            found["options"] = _arguments(host, found["timm"])
     try:
         with torch.device("meta"):
             again = build(found)
@@ -63,20 +69,27 @@ def describe(host: nn.Module, name: str | None = None, options: Mapping[str, Any
 
 
 def build(found: Mapping[str, Any]) -> nn.Module:
-    """Build a host as `describe` tells, with fresh weights, in evaluation mode."""
+    """Build a host as `describe` tells, with fresh weights, in evaluation mode.
+
+    What tells it may be a stranger's: it names a model of timm's registry or a class of transformers' own,
+    and nothing is fetched.
+    """
     if "timm" in found:
         name, options = found["timm"], found.get("options", {})
-        if not isinstance(name, str) or not isinstance(options, Mapping):
+        if not isinstance(name, str) or ":" in name or not isinstance(options, Mapping):
             raise EvoViTError(
                 f"The host is told as {shown(name)} with {shown(options)}; give a name of timm and a table "
                 "of its arguments."
             )
         return create_host(name, options, what="host").eval()
     try:
-        cls, config_class = (_class(found[key]) for key in ("transformers", "config_class"))
-        config = config_class.from_dict(dict(found["config"]))
-        config._attn_implementation = found.get("attention", "sdpa")
-        return as_timm_says(cls(config, **found.get("options", {})).eval())
+        cls = _class(found["transformers"], "PreTrainedModel")
+        config_class = _class(found["config_class"], "PreTrainedConfig")
+        config = config_class.from_dict(_harmless(dict(found["config"])))
+        attention = found.get("attention")
+        config._attn_implementation = attention if attention in ATTENTION else "sdpa"
+        options = {name: bool(value) for name, value in found.get("options", {}).items() if name in OPTIONS}
+        return as_timm_says(cls(config, **options).eval())
     except EvoViTError:
         raise
     except Exception as error:  # a constructor given a stranger's config raises what it likes
@@ -86,48 +99,69 @@ def build(found: Mapping[str, Any]) -> nn.Module:
         ) from error
 
 
-def _class(path: Any) -> Any:
-    """Return a class of transformers' own models by its full path."""
+def _class(path: Any, kind: str) -> Any:
+    """Return a class of a kind, which transformers itself defines, by its full path."""
     module, _, name = str(path).rpartition(".")
-    if not module.startswith(OURS):
+    if not module.startswith(OURS) or ".timm_" in module:  # those name any model of timm
         raise EvoViTError(
             f"{shown(path)} is no class of transformers; give the host: load_reduced(folder, model)."
         )
     try:
-        return getattr(import_module(module), name)
+        found, base = getattr(import_module(module), name), getattr(import_module("transformers"), kind)
     except (ImportError, AttributeError) as error:
         raise EvoViTError(
             f"{shown(path)} is not to be had here ({in_one_line(error)}); use pip install 'evovit[hf]'."
         ) from error
+    if not isinstance(found, type) or not issubclass(found, base) or found.__module__ != module:
+        raise EvoViTError(
+            f"{shown(path)} is no {kind} of transformers; give the host: load_reduced(folder, model)."
+        )
+    return found
+
+
+def _harmless(config: Any) -> Any:
+    """Return a config without the fields by which transformers would fetch something."""
+    if isinstance(config, dict):
+        kept = {key for key in config if key not in NAMES and not any(word in str(key) for word in FETCHES)}
+        return {key: _harmless(value) for key, value in config.items() if key in kept}
+    return [_harmless(each) for each in config] if isinstance(config, list) else config
 
 
 def _of_transformers(host: Any) -> dict[str, Any]:
     known = signature(type(host).__init__).parameters
-    inside = {  # arguments beside the config, as they show in the host
-        "add_pooling_layer": getattr(host, "pooler", None) is not None,
-        "use_mask_token": getattr(getattr(host, "embeddings", None), "mask_token", None) is not None,
-    }
+    embeddings = getattr(host, "embeddings", None)
+    shown_by = (
+        getattr(host, "pooler", None),
+        getattr(embeddings, "mask_token", None),
+    )  # in the order of OPTIONS
+    inside = {name: value is not None for name, value in zip(OPTIONS, shown_by, strict=True)}
+    config = json.loads(host.config.to_json_string(use_diff=False))
     return {
         "transformers": f"{type(host).__module__}.{type(host).__qualname__}",
         "config_class": f"{type(host.config).__module__}.{type(host.config).__qualname__}",
-        "config": json.loads(host.config.to_json_string(use_diff=False)),
+        "config": config | {"_name_or_path": hub_name(host)},  # a folder's name is nobody else's business
         "attention": host.config._attn_implementation,
         "options": {name: value for name, value in inside.items() if name in known},
     }
 
 
-def _name_of(host: Any) -> str:
-    """Return timm's name of a host with the tag of its weights, empty where it has none."""
+def _of_timm(host: Any) -> dict[str, Any]:
+    """Return timm's name of a host, with the tag of its weights, and its arguments; the name may be empty."""
     cfg = getattr(host, "pretrained_cfg", None) or {}
     name, tag = cfg.get("architecture") or "", cfg.get("tag") or ""
-    return f"{name}.{tag}" if name and tag else name
+    name, made_with = f"{name}.{tag}" if name and tag else name, cfg.get("model_args") or {}
+    try:
+        made_with = json.loads(json.dumps(made_with))
+    except (TypeError, ValueError):  # such as a class
+        made_with = {}
+    return {"timm": name, "options": made_with | (_changes(host, name, made_with) if name else {})}
 
 
-def _arguments(host: Any, name: str) -> dict[str, Any]:
-    """Return the arguments by which a host of timm differs from the one that its name alone makes."""
+def _changes(host: Any, name: str, made_with: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments by which a host of timm differs from the one that its name and others make."""
     try:
         with torch.device("meta"):
-            plain: Any = create_host(name)
+            plain: Any = create_host(name, made_with)
     except EvoViTError:
         return {}
     differ = {

@@ -1,8 +1,9 @@
 """A reduced model on disk: method.json (what it is), method.safetensors, model.safetensors (the host).
 
 The host's weights keep the host's names, so the file loads into the plain host too. method.json tells how to
-build the host, where it is known (`checkpoints.host`), and holds the
-checksum of every file and is written after them: a save that was cut off leaves the older one whole.
+build the host, where it is known (`checkpoints.host`), how its images are prepared and what its classes are
+called. It holds the checksum of every file and is written after them: a save that was cut off leaves the
+older one whole. The same files make a model on the Hub (`checkpoints.sharing`).
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from evovit.checkpoints import hub
 from evovit.checkpoints.host import build, describe
 from evovit.errors import EvoViTError, check_kind, shown
+from evovit.hosts.preprocessing import checked_preprocessing, read_preprocessing, tell_preprocessing
 from evovit.methods import build_config, find_method, name_of
-from evovit.model import ReducedViT, reduce_tokens
+from evovit.model import ReducedViT, backbone_of, reduce_tokens
 from evovit.runtime.files import (
     as_path,
     check_fit,
@@ -48,6 +52,9 @@ def save_reduced(
 ) -> None:
     """Write a reduced model into a folder; a save that is cut off leaves an older one as it was.
 
+    How images are prepared and what the classes are called goes along where the host tells: one of timm in
+    `pretrained_cfg`, one of transformers in its config and the image processor beside it.
+
     Args:
         include_model: also write the host's weights; False writes the method alone.
         host: timm's name of the host and `host_options` its arguments, where it does not tell them itself;
@@ -63,6 +70,9 @@ def save_reduced(
     check_kind("host_options", host_options, Mapping, "a table of timm's arguments")  # type: ignore[type-abstract]
     described = describe(reduced.model, host, host_options)
     config = reduced.method.current_config()
+    prepared = read_preprocessing(reduced.model, backbone_of(reduced).image_shape)
+    if prepared and len(prepared["class_names"]) != reduced.num_classes:
+        prepared["class_names"] = []
     if folder.exists() and not folder.is_dir():
         raise EvoViTError(f"{shown(folder)} is a file; give a folder to save into.")
     with largest_budget(reduced):
@@ -82,6 +92,7 @@ def save_reduced(
             "budgets": reduced.budgets,
             "budget": reduced.budget,
             "build": described,
+            "preprocessing": prepared,
             "includes_model": include_model,
             "files": {name: hash_file(folder / f"{NEW}{name}") for name in states},
         }
@@ -92,22 +103,36 @@ def save_reduced(
             (folder / MODEL).unlink(missing_ok=True)  # of an older save
 
 
-def load_reduced(folder: str | Path, model: nn.Module | None = None) -> ReducedViT:
-    """Read what `save_reduced` wrote onto a host of the same class and size; saved weights are loaded.
+def load_reduced(
+    folder: str | Path,
+    model: nn.Module | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> ReducedViT:
+    """Read what `save_reduced` or `push_to_hub` wrote onto a host of the same class and size.
 
     Args:
+        folder: with the files, or a model on the Hugging Face Hub, `hf:user/name` or `hf:user/name@revision`.
         model: the host; None builds it as the folder tells, in evaluation mode, its weights in their type.
+        revision: of the Hub's: a branch, a tag or a commit; None: the main branch.
+        token: for the Hub; None: as you are logged in.
 
     Raises:
         EvoViTError: a folder that is damaged, does not fit (the host is then as it was), or does not tell how
-        to build the host.
+        to build the host; a model that the Hub has not.
     """
-    folder = as_path(folder, "folder")
     if model is not None:
         check_kind("model", model, nn.Module, "the host: a model as the saved one was")
-    content = _read_manifest(folder / MANIFEST)
-    own = _read_state(folder, METHOD, content)
-    saved = _read_state(folder, MODEL, content) if content["includes_model"] else None
+    if isinstance(folder, str) and folder.startswith(hub.PREFIX):
+        place = _fetched(hub.find(folder, revision, token))
+    elif revision is not None or token is not None:
+        raise EvoViTError(f"revision and token are for a model on the Hub, and {shown(folder)} is a folder.")
+    else:
+        place = as_path(folder, "folder")
+    content = read_manifest(place / MANIFEST)
+    own = _read_state(place, METHOD, content)
+    saved = _read_state(place, MODEL, content) if content["includes_model"] else None
     if model is None:
         if saved is None or not content["build"]:
             missing = "its weights" if saved is None else "how to build it"
@@ -115,9 +140,7 @@ def load_reduced(folder: str | Path, model: nn.Module | None = None) -> ReducedV
                 f"{shown(folder)} holds a method for {shown(content.get('host'))} without {missing}; "
                 "give the host, load_reduced(folder, model), or save with the weights and host='NAME'."
             )
-        model = build(content["build"])
-        kinds = {value.dtype for value in saved.values() if value.is_floating_point()}
-        model = model.to(kinds.pop()) if len(kinds) == 1 else model
+        model = _built(content["build"], saved, shown(folder))
     if saved is not None:
         check_fit(model, saved, f"The saved host in {shown(folder)}", f"this {type(model).__name__}")
     config = build_config(find_method(content["method"]), content["options"])
@@ -131,12 +154,65 @@ def load_reduced(folder: str | Path, model: nn.Module | None = None) -> ReducedV
         parts.append((reduced.statistics, kept))
     for module, state in parts:
         check_fit(module, state, what, content["method"])
+    prepared = content["preprocessing"]
+    prepared = prepared and checked_preprocessing(prepared, backbone_of(reduced).image_shape)
+    names = len(prepared.get("class_names", ()))
+    if names not in (0, reduced.num_classes):
+        raise EvoViTError(f"{what} names {names} classes of {reduced.num_classes}; save the model again.")
     for module, state in parts:
         module.load_state_dict(state)
     if saved is not None:
         model.load_state_dict(saved)
+        if prepared:
+            tell_preprocessing(model, prepared)
     reduced.budget = content["budget"]
     return reduced
+
+
+def is_saved(name: str) -> bool:
+    """Tell whether a name is of a folder that `save_reduced` wrote, or of such a model on the Hub."""
+    if not name.startswith(hub.PREFIX):
+        return as_path(Path(name) / MANIFEST, "the folder").is_file()
+    try:
+        return hub.find(name).fetch(MANIFEST) is not None
+    except EvoViTError:  # a folder of transformers, or a Hub that is not reached: who opens it says so
+        return False
+
+
+def _fetched(repository: hub.Repository) -> Path:
+    """Return the folder in the Hub's cache that holds a shared model; its files alone are fetched."""
+    manifest = repository.fetch(MANIFEST)
+    if manifest is None:
+        raise EvoViTError(
+            f"{repository.name} has no {MANIFEST}, so push_to_hub did not write it; a model of timm or "
+            "transformers is created there and given to reduce_tokens."
+        )
+    files = read_manifest(manifest)["files"]
+    if not files:
+        raise EvoViTError(
+            f"{repository.name} does not tell the checksums of its files; save and push it again."
+        )
+    at_commit = repository.at_commit_of(manifest)
+    for name in files:  # of the names that read_manifest allows
+        if at_commit.fetch(name) is None:
+            raise EvoViTError(
+                f"{repository.name} has no {name}, which its {MANIFEST} tells of; push it again."
+            )
+    return manifest.parent
+
+
+def _built(found: Mapping[str, Any], saved: Mapping[str, Tensor], what: str) -> nn.Module:
+    """Build the host that a folder tells, in the type of its weights; a giant is refused beforehand."""
+    with torch.device("meta"):
+        needed = sum(value.numel() for value in build(found).state_dict().values())
+    there = sum(value.numel() for value in saved.values())
+    if needed > 2 * there:
+        raise EvoViTError(
+            f"{what} tells of a host of {needed} weights and holds {there}; save the model again."
+        )
+    model = build(found)
+    kinds = {value.dtype for value in saved.values() if value.is_floating_point()}
+    return model.to(kinds.pop()) if len(kinds) == 1 else model
 
 
 @contextmanager
@@ -161,7 +237,7 @@ def _clones(module: nn.Module | None, prefix: str) -> dict[str, Tensor]:
 def _complete(folder: Path) -> None:
     """Put the files of a save that was cut off after its manifest in their place."""
     try:
-        files = _read_manifest(folder / MANIFEST)["files"]
+        files = read_manifest(folder / MANIFEST)["files"]
     except EvoViTError:  # there is none, or it is damaged
         return
     for name in (METHOD, MODEL):
@@ -170,12 +246,13 @@ def _complete(folder: Path) -> None:
             new.replace(folder / name)
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise EvoViTError(f"There is no {shown(path)}; give a folder written by save_reduced.")
     older: dict[str, Any] = {"files": {}, "build": {}, "last_block": "prefix", "budgets": [], "budget": None}
-    content = older | read_json(path, "evovit")
+    content = older | {"preprocessing": {}} | read_json(path, "evovit")
     kinds = {"method": str, "options": dict, "includes_model": bool, "files": dict, "build": dict}
+    kinds["preprocessing"] = dict
     wrong = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
     if not wrong and content["files"]:  # there are none where an older version wrote it
         needed = {METHOD, MODEL} if content["includes_model"] else {METHOD}
@@ -196,5 +273,8 @@ def _read_state(folder: Path, name: str, content: Mapping[str, Any]) -> dict[str
     places = [folder / f"{NEW}{name}", folder / name]
     found = [path for path in places if path.is_file() and told and hash_file(path) == told]
     if told and not found:
-        raise EvoViTError(f"{shown(folder / name)} is missing, cut off or changed; save the model again.")
+        raise EvoViTError(
+            f"{shown(folder / name)} is missing, cut off or changed: {MANIFEST} tells another checksum. Save "
+            "the model again; a file of the Hub's cache is fetched again once it is removed."
+        )
     return read_state_dict(found[0] if found else folder / name)

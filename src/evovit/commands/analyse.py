@@ -37,7 +37,8 @@ def analyse(
     $ evovit analyse deit_small_patch16_224 photos --weights deit.pth --method evo_vit:keep_ratio=0.5
 
     Args:
-        model: a timm name, the folder of a run of evovit train, or one written by save_reduced.
+        model: a timm name, the folder of a run of evovit train, one written by save_reduced, or hf:NAME, a
+            shared model or one of transformers.
         images: a folder of photographs, in class folders or not; digits (built-in scenes) or samples (two
             photographs that come with scikit-learn).
         method: NAME or NAME:option=value,option=value, of a timm name or a dense run; default: none.

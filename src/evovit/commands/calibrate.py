@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -57,12 +57,11 @@ def calibrate(
     from evovit.data.photographs import read_photographs
     from evovit.engines.exporting import preprocessing_of
     from evovit.errors import EvoViTError, check_choice, check_count, printable
+    from evovit.hosts.preprocessing import tell_preprocessing
     from evovit.macs import gmacs
     from evovit.model import ReducedViT, backbone_of
-    from evovit.recipe.reading import read_recipe
     from evovit.runtime.files import make_folder
     from evovit.runtime.world import join_world
-    from evovit.train.build import host_options
     from evovit.train.tested import open_model
 
     check_choice("device", device, ("auto", "cpu", "cuda"))
@@ -104,11 +103,8 @@ def calibrate(
             batch=batch,
             told=tell,
         ).to("cpu")
-    named: dict[str, Any] = {}
-    if (Path(model) / "recipe.toml").is_file():  # a host of timm may not tell itself how it was made
-        recipe = read_recipe(Path(model) / "recipe.toml")
-        if not recipe.model.name.startswith("hf:"):
-            named = {"host": recipe.model.name, "host_options": host_options(recipe, reduced.num_classes)}
-    save_reduced(reduced.eval(), out, **named)
+    if preprocessing is not None:  # of a run
+        tell_preprocessing(reduced.model, preprocessing)
+    save_reduced(reduced.eval(), out)
     print(f"{gmacs(host, shape):.4g} GMACs dense, {gmacs(reduced, shape):.4g} reduced")
     print(f"{printable(out)}: evovit.load_reduced opens it")

@@ -25,11 +25,12 @@ def eval(
     $ evovit eval runs/dense/seed0
     $ evovit eval runs/dense/seed0 --method tome:r=4 evit:keep_ratio=0.7
     $ evovit eval deit_small_patch16_224 --weights deit_small.pth --images imagenet/val --method tome:r=13
+    $ evovit eval tuned/deit_small_patch16_224 --images imagenet/val
 
     Under torchrun the test images are shared out.
 
     Args:
-        model: folder of a run of `evovit train`, or a timm name.
+        model: folder of a run of `evovit train`, one written by save_reduced, a timm name, or hf:NAME.
         weights: of a run: last (default), best or ema, its moving average; of a timm model: a .pth or
             .safetensors file.
         pretrained: of a timm model: the published weights, which are downloaded.
@@ -40,10 +41,11 @@ def eval(
         device: auto, cpu or cuda; default: as the recipe of the run says, or auto.
         workers: processes that read images; default: as the recipe of the run says, or 4.
     """
-    from evovit.errors import EvoViTError
+    from evovit.checkpoints.reduced import is_saved
+    from evovit.errors import EvoViTError, shown
     from evovit.runtime.files import as_path
     from evovit.runtime.world import join_world
-    from evovit.train.tested import named_model, run_model, test_lines
+    from evovit.train.tested import named_model, run_model, saved_model, test_lines
 
     told = [*set, *([f"run.device={device}"] if device else [])]
     told += [] if workers is None else [f"data.workers={workers}"]
@@ -51,6 +53,10 @@ def eval(
         if pretrained:
             raise EvoViTError("--pretrained is for a timm name; a run has weights of its own.")
         tested = run_model(Path(model), weights or "last", images, told)
+    elif is_saved(model):
+        if weights or pretrained:
+            raise EvoViTError(f"{shown(model)} has weights of its own; leave --weights and --pretrained out.")
+        tested = saved_model(model, images, told)
     elif Path(model).exists():
         raise EvoViTError(f"There is no {str(Path(model) / 'recipe.toml')!r}; give the folder of a run.")
     else:

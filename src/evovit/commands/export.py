@@ -30,7 +30,8 @@ def export(
     A model with budgets gets a folder for each of them.
 
     Args:
-        model: a timm name, the folder of a run of evovit train, or one written by save_reduced.
+        model: a timm name, the folder of a run of evovit train, one written by save_reduced, or hf:NAME, a
+            shared model or one of transformers.
         method: NAME or NAME:option=value,option=value, of a timm name or a dense run; default: none.
         keep_ratio: short for the method's option keep_ratio.
         to: onnx, openvino, pt2 (torch.export), aoti (compiled by AOTInductor).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,7 +84,11 @@ class PictureImages(Images):
     """Folders, tar files and Hugging Face data sets through timm's readers."""
 
     def __init__(
-        self, recipe: Recipe, side: int, colours: tuple[tuple[float, ...], tuple[float, ...]]
+        self,
+        recipe: Recipe,
+        side: int,
+        colours: tuple[tuple[float, ...], tuple[float, ...]],
+        resize: Mapping[str, Any] = {},
     ) -> None:
         data = recipe.data
         readers = {split: open_reader(data.source, split) for split in (data.train_split, data.test_split)}
@@ -111,7 +115,7 @@ class PictureImages(Images):
         if dense:
             check_labels(dense, readers[data.train_split])
         self.pictures = Pictures(readers[data.train_split], augment, dense)
-        plain = create_transform(**shared, crop_pct=data.crop_pct)
+        plain = create_transform(**{**shared, **resize}, crop_pct=data.crop_pct)
         self.test_pictures = Pictures(readers[data.test_split], plain)
 
     def read_train(self, epoch: int, chosen: Chosen, device: torch.device) -> Iterator[Batch]:
@@ -215,10 +219,19 @@ def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     return ImageOps.posterize(image, bits) if bits >= 1 else Image.new(image.mode, image.size)
 
 
-def open_images(recipe: Recipe, side: int, colours: tuple[tuple[float, ...], tuple[float, ...]]) -> Images:
-    """Open the data of a recipe for images of `side` pixels, normalised by `colours`."""
+def open_images(
+    recipe: Recipe,
+    side: int,
+    colours: tuple[tuple[float, ...], tuple[float, ...]],
+    resize: Mapping[str, Any] = {},
+) -> Images:
+    """Open the data of a recipe for images of `side` pixels, normalised by `colours`.
+
+    Args:
+        resize: of the test images: timm's interpolation and crop_mode; default: bicubic, center.
+    """
     is_digits = recipe.data.source == "digits"
-    images = DigitImages(recipe, side) if is_digits else PictureImages(recipe, side, colours)
+    images = DigitImages(recipe, side) if is_digits else PictureImages(recipe, side, colours, resize)
     if images.updates < 1:
         raise EvoViTError(
             f"data.batch_size is {recipe.data.batch_size}, more than the {images.length} training images."

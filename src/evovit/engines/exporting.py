@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from annotated_types import Gt, Le
 from torch import Tensor, nn
 
 from evovit.backbones.base import expect_module
@@ -20,12 +18,13 @@ from evovit.engines.onnx import Onnx
 from evovit.engines.openvino import OpenVino
 from evovit.engines.proof import prove
 from evovit.engines.pt2 import Pt2
-from evovit.errors import EvoViTError, check_choice, check_count, check_kind, in_one_line, shown
+from evovit.errors import EvoViTError, check_choice, check_count, in_one_line, shown
 from evovit.hosts.names import class_names as names_of
+from evovit.hosts.preprocessing import RESIZE, checked_preprocessing, read_preprocessing
 from evovit.macs import gmacs
 from evovit.methods import DENSE, name_of
 from evovit.model import ReducedViT, backbone_of
-from evovit.options import MOST, Count, Options, Positive, build, option
+from evovit.options import MOST
 from evovit.runtime.files import as_path, make_folder, new_folder, read_json, told, write_text
 
 TARGETS: Mapping[str, Engine] = {"onnx": Onnx(), "openvino": OpenVino(), "pt2": Pt2(), "aoti": Aoti()}
@@ -80,7 +79,7 @@ def export(
     if preprocessing is None:
         prepared = preprocessing_of(model)
     else:
-        prepared = _checked_preprocessing(preprocessing, host.image_shape)
+        prepared = checked_preprocessing(preprocessing, host.image_shape)
     make_folder(place)
     _expect_same(place, prepared)
     ready = on_cpu(model)
@@ -114,39 +113,10 @@ def preprocessing_of(model: nn.Module, class_names: Sequence[str] = ()) -> dict[
     from timm.data import resolve_data_config
 
     host = model.model if isinstance(model, ReducedViT) else model
-    channels, *side = backbone_of(model).image_shape
-    cfg = resolve_data_config({"input_size": (channels, *side)}, model=host)
-    kept = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-    return {key: cfg[key] for key in kept} | {"class_names": list(class_names) or names_of(host)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preprocessing(Options):
-    """How a photograph becomes the model's input; timm's names."""
-
-    title: ClassVar[str] = "preprocessing."
-
-    input_size: tuple[Count, Count, Count] = option(meaning="(channels, height, width)")
-    mean: tuple[float, ...] = option(meaning="of each channel, taken off")
-    std: tuple[Positive, ...] = option(meaning="of each channel, divided by")
-    interpolation: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = option(
-        meaning="of the resize, a name of Pillow's"
-    )
-    crop_pct: Annotated[float, Gt(0), Le(4)] = option(meaning="side of the crop over the resized side")
-    crop_mode: Literal["center", "squash", "border"] = option(meaning="what the resize keeps")
-    class_names: tuple[str, ...] = option((), "of the classes, in their order")
-
-
-def _checked_preprocessing(given: Any, shape: Sequence[int]) -> dict[str, Any]:
-    """Return a user's preprocessing as JSON has it; raises `EvoViTError` where it prepares no photograph."""
-    found = build(Preprocessing, check_kind("preprocessing", given, Mapping, "a table"), "preprocessing")  # type: ignore[type-abstract]
-    if found.input_size != tuple(shape) or not len(found.mean) == len(found.std) == shape[0]:
-        raise EvoViTError(
-            f"preprocessing has input_size {found.input_size}, {len(found.mean)} mean, {len(found.std)} std; "
-            f"the model takes {tuple(shape)}, so give {shape[0]} of each."
-        )
-    plain: dict[str, Any] = json.loads(json.dumps(vars(found)))
-    return plain
+    shape = backbone_of(model).image_shape
+    cfg = read_preprocessing(host, shape) or resolve_data_config({"input_size": shape}, model=host)
+    kept = {key: cfg[key] for key in ("input_size", "mean", "std", *RESIZE)}
+    return kept | {"class_names": list(class_names) or names_of(host)}
 
 
 def _expect_prepared(name: str, images: Any, shape: Sequence[int]) -> None:

@@ -62,6 +62,8 @@ def create_host(
 ) -> nn.Module:
     """Create a model of timm, or with `hf:` of transformers, on the current default device.
 
+    A host of timm remembers what it was made with in its `pretrained_cfg`, as "model_args".
+
     Args:
         options: further arguments of `timm.create_model`, or fields of transformers' config.
         what: what the name is, for sentences, such as `model.name`.
@@ -80,12 +82,12 @@ def create_host(
     make = partial(timm.create_model, name, pretrained=pretrained, **options)
     try:
         try:
-            return make()  # type: ignore[no-any-return]
+            return _remembering(make(), name, options)
         except (
             NotImplementedError
         ):  # timm below 1.0.30 reads numbers to build a RegNet: the meta device has none
             with torch.device("cpu"):
-                return make()  # type: ignore[no-any-return]
+                return _remembering(make(), name, options)
     except EvoViTError:
         raise
     except Exception as error:  # a constructor given a stranger's options raises what it likes
@@ -93,3 +95,12 @@ def create_host(
             told = f"{type(error).__name__}: {in_one_line(error)}"
             raise EvoViTError(f"{what}: the weights of {name} cannot be had ({told}).") from error
         raise refusal(f"timm cannot make {name}", options, error) from error
+
+
+def _remembering(host: Any, name: str, options: Mapping[str, Any]) -> nn.Module:
+    """Return a host that tells its name and arguments, which timm's hosts do in part."""
+    own = {} if ":" in name else {"architecture": name.partition(".")[0]}
+    host.pretrained_cfg = own | (getattr(host, "pretrained_cfg", None) or {}) | {"model_args": dict(options)}
+    if hasattr(host, "default_cfg"):  # timm's older name
+        host.default_cfg = host.pretrained_cfg
+    return host  # type: ignore[no-any-return]

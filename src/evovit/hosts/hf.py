@@ -6,9 +6,11 @@ Such a host says what the run road asks of timm's hosts: `num_classes`, `in_chan
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import floor
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import nn
 
 from evovit.errors import EvoViTError, in_one_line, shown
@@ -101,17 +103,62 @@ def _loaded(cls: Any, source: str, config: Any, name: str) -> Any:
     return host
 
 
-def processor_of(source: str) -> dict[str, Any]:
-    """Return what the image processor of a model says, empty where it has none."""
+def processor_of(source: str, **options: Any) -> dict[str, Any]:
+    """Return what the image processor of a model says, empty where it has none; options are of loading it."""
     from transformers import AutoImageProcessor
 
     path = Path(source)
     if path.is_dir() and not (path / "preprocessor_config.json").is_file():
         return {}
     try:
-        return AutoImageProcessor.from_pretrained(source).to_dict()  # type: ignore[no-any-return]
+        return AutoImageProcessor.from_pretrained(source, **options).to_dict()  # type: ignore[no-any-return]
     except Exception:  # a host runs without: its images may come from anywhere
         return {}
+
+
+def hub_name(host: Any) -> str:
+    """Return the Hub's name of the weights that a host of transformers began with, empty unless it is sure.
+
+    It is where the host says so and the Hub's cache has that model; else it may be a folder.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    name = getattr(getattr(host, "config", None), "_name_or_path", "")
+    try:
+        return name if name and isinstance(try_to_load_from_cache(name, "config.json"), str) else ""
+    except HFValidationError:  # a path
+        return ""
+
+
+def cfg_near(host: Any) -> dict[str, Any]:
+    """Return what lies where a host of transformers came from about its images, as timm says it."""
+    source = getattr(getattr(host, "config", None), "_name_or_path", "")
+    if not source or not hasattr(host, "config_class"):
+        return {}
+    processor = processor_of(source, local_files_only=True)
+    return as_timm_prepares(processor) if processor else {}
+
+
+def as_timm_prepares(processor: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an image processor does in timm's words; what it does not say is left out."""
+    found: dict[str, Any] = {}
+    scale = 255 * float(processor.get("rescale_factor") or 1 / 255)  # timm's images are 0 to 1
+    colours = {name: processor.get(f"image_{name}") or () for name in ("mean", "std")}
+    if processor.get("do_normalize") is False:
+        colours = {"mean": (0, 0, 0), "std": (1, 1, 1)}
+    if all(colours.values()):
+        found = {name: tuple(float(value) / scale for value in values) for name, values in colours.items()}
+    if (resample := processor.get("resample")) is not None:
+        found["interpolation"] = Image.Resampling(resample).name.lower()
+    size, crop = (processor.get(key) or {} for key in ("size", "crop_size"))
+    edge = size.get("shortest_edge") or size.get("height")
+    if edge:
+        found["crop_mode"] = "center" if "shortest_edge" in size else "squash"  # which keeps the aspect ratio
+        kept = crop.get("height", edge) if processor.get("do_center_crop") else edge
+        exact = floor(kept / (kept / edge)) == edge  # timm resizes to so many pixels
+        found["crop_pct"] = kept / edge if exact else kept / (edge + 0.5)
+    return found
 
 
 def as_timm_says(host: Any, processor: Mapping[str, Any] = {}) -> nn.Module:
@@ -125,9 +172,10 @@ def as_timm_says(host: Any, processor: Mapping[str, Any] = {}) -> nn.Module:
     host.pretrained_cfg = {
         "input_size": (host.in_chans, rows, columns),
         "num_classes": host.num_classes,
-        "mean": tuple(processor.get("image_mean") or USUAL),
-        "std": tuple(processor.get("image_std") or USUAL),
+        "mean": USUAL,
+        "std": USUAL,
         "crop_pct": 1.0,
         "classifier": next((name for name in HEADS if hasattr(host, name)), ""),
+        **as_timm_prepares(processor),
     }
     return host  # type: ignore[no-any-return]

@@ -42,7 +42,9 @@ class ModelTable(Options):
     )
     pretrained: bool = option(False, "start from timm's published weights (needs the network)")
     weights: str = option("", "start from this file, .safetensors or .pth; empty: from scratch")
-    options: dict[str, Any] = field(default_factory=dict)  # further arguments of timm's create_model
+    options: dict[str, Any] = field(
+        default_factory=dict, metadata={"meaning": "further arguments of timm's create_model"}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,9 @@ class MethodTable(Options):
     title: ClassVar[str] = "method."
 
     name: str = option(DENSE, "a method's name; dense: nothing is reduced")
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(
+        default_factory=dict, metadata={"meaning": "of the method; in a recipe they stand beside its name"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -307,9 +307,9 @@ def photographs_part(looks: Sequence[Look]) -> list[Part]:
     return [
         Heading("The same on photographs"),
         Paragraph(
-            f"The model has seen digits only, and {IMAGE_SIZE} x {IMAGE_SIZE} pixels of each photograph: its "
-            "answers mean nothing here, and what it keeps is what looks to it like strokes. For a model that "
-            "knows photographs see the commands at the end of this page."
+            f"The model has learnt from digits only, and gets {IMAGE_SIZE} x {IMAGE_SIZE} pixels of each "
+            "photograph: its answers mean nothing here, and it keeps what digits taught it to look for. For "
+            "a model that knows photographs see the commands at the end of this page."
         ),
         Beside([as_tiles(tiles_of(look)) for look in looks]),
     ]
@@ -343,7 +343,7 @@ def next_part(out: Path) -> list[Part]:
             "Measure how much faster a larger model gets on this machine.",
         ),
         Command(
-            f"evovit eval {run} --method evit tome:r=4",
+            f"evovit eval {run} --method tome:r=4 idle_vit",
             "Try other methods on the weights just trained; evovit methods lists them all.",
         ),
     ]

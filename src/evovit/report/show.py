@@ -230,7 +230,7 @@ def sentence(look: Look) -> str:
         )
     return (
         f"{look.method}: dense says {dense.name} ({dense.share:.1%}), reduced says {ours.name} "
-        f"({ours.share:.1%}); {dense.name} has {points(same)} points there."
+        f"({ours.share:.1%}) and {dense.name} with {look.reduced.share_of(dense.number):.1%}."
     )
 
 

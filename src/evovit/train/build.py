@@ -137,6 +137,20 @@ def colours_of(recipe: Recipe, model: nn.Module) -> Colours:
     return colours_in(getattr(model, "pretrained_cfg", None) or {})
 
 
+def preprocessing_in(recipe: Recipe, host: nn.Module, images: Images) -> dict[str, Any]:
+    """Return how the test images of a recipe are prepared, a table of `hosts.preprocessing`."""
+    mean, std = colours_of(recipe, host)
+    return {
+        "input_size": list(backbone_of(host).image_shape),
+        "mean": list(mean),
+        "std": list(std),
+        "interpolation": "bicubic",
+        "crop_pct": recipe.data.crop_pct,
+        "crop_mode": "center",
+        "class_names": list(images.class_names),
+    }
+
+
 def colours_in(cfg: Any) -> Colours:
     """Return mean and standard deviation of a `pretrained_cfg`, which may be a stranger's."""
     found = cfg.get("mean", IMAGENET_DEFAULT_MEAN), cfg.get("std", IMAGENET_DEFAULT_STD)

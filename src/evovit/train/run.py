@@ -13,6 +13,7 @@ from torch import nn
 from evovit.checkpoints.reduced import save_reduced
 from evovit.data.images import Images
 from evovit.errors import EvoViTError, check_kind, shown
+from evovit.hosts.preprocessing import tell_preprocessing
 from evovit.macs import gmacs
 from evovit.model import ReducedViT, backbone_of
 from evovit.recipe.reading import differences, read_recipe, written
@@ -21,7 +22,7 @@ from evovit.runtime.environment import environment, source
 from evovit.runtime.files import as_path, hold_folder, make_folder, told, write_atomically, write_text
 from evovit.runtime.world import World, join_world
 from evovit.train import state
-from evovit.train.build import open_run
+from evovit.train.build import open_run, preprocessing_in
 from evovit.train.records import say
 from evovit.train.trainer import Trainer, accumulation, stop_signal
 
@@ -79,7 +80,7 @@ def train_model(
             said = f"finished; weights in {folder / 'model'}"
         if world.is_main:
             if finished:
-                save_weights(model, folder / "model")
+                save_weights(model, folder / "model", recipe, images)
             say(console, f"{folder}: {said}")
     return finished
 
@@ -114,10 +115,11 @@ def prepare_folder(recipe: Recipe, folder: Path, world: World, images: Images, m
         write_text(path, text)
 
 
-def save_weights(model: nn.Module, folder: Path) -> None:
+def save_weights(model: nn.Module, folder: Path, recipe: Recipe, images: Images) -> None:
     """Write the final weights: for `load_reduced` if the model is reduced, else model.safetensors alone."""
     with told(folder):
         if isinstance(model, ReducedViT):
+            tell_preprocessing(model.model, preprocessing_in(recipe, model.model, images))
             save_reduced(model, folder)
         else:
             tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}

@@ -7,7 +7,7 @@ logits, detached: KL divergence, temperature 1. "alternate" runs one of the two 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from evovit.errors import EvoViTError
 from evovit.model import ReducedViT
 from evovit.recipe.tables import RunTable
 from evovit.runtime.seeds import seed_for
-from evovit.train.objective import Looked, Objective
+from evovit.tokens import Taught
+from evovit.train.objective import Objective
 
 
 class Sandwich(nn.Module):
@@ -44,10 +45,10 @@ class Sandwich(nn.Module):
             others: budgets below the largest.
         """
         whole = self.look(images, targets)
-        terms = dict(whole.terms)
+        terms, towards = dict(whole.terms), {name: head.detach() for name, head in whole.heads.items()}
         for budget in others:
             self.model.budget = budget
-            for name, value in self.follow(images, whole).items():
+            for name, value in self.follow(images, towards, whole.taught).items():
                 terms[f"{name}_at_{budget:g}"] = terms.get(f"{name}_at_{budget:g}", 0) + value
         self.model.budget = self.model.budgets[0]
         return terms
@@ -56,20 +57,27 @@ class Sandwich(nn.Module):
         """Compile what runs once per budget; switching between them stays outside."""
         self.look, self.follow = torch.compile(self.look), torch.compile(self.follow)  # type: ignore[method-assign]
 
-    def follow(self, images: Tensor, whole: Looked) -> dict[str, Tensor]:
-        """Return the divergence of each head from the largest budget's, and the method's own terms."""
+    def follow(
+        self, images: Tensor, towards: Mapping[str, Tensor], taught: Taught | None
+    ) -> dict[str, Tensor]:
+        """Return the divergence of each head from the largest budget's, and the method's own terms.
+
+        Args:
+            towards: the largest budget's (B, classes) by head, detached.
+            taught: what the method's losses compare with.
+        """
         outputs = self.model.run(images)
         heads = {"class": outputs.logits, **outputs.extra_logits}
         terms = {
             name: F.kl_div(
                 head.float().log_softmax(1),
-                whole.heads[name].detach().float().log_softmax(1),
+                towards[name].float().log_softmax(1),
                 reduction="batchmean",
                 log_target=True,
             )
             for name, head in heads.items()
         }
-        return terms | self.model.method.losses(outputs, whole.taught)
+        return terms | self.model.method.losses(outputs, taught)
 
 
 def other_budgets(run: RunTable, update: int) -> tuple[float, ...]:

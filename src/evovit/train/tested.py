@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from evovit.checkpoints.reduced import MANIFEST, load_reduced
+from evovit.checkpoints.reduced import is_saved, load_reduced
 from evovit.data.images import Images
-from evovit.errors import EvoViTError, check_choice
+from evovit.data.pictures import open_images
+from evovit.errors import EvoViTError, check_choice, shown
 from evovit.hosts import create_host
+from evovit.hosts.preprocessing import read_preprocessing
 from evovit.macs import gmacs
 from evovit.methods import build_config, find_method
 from evovit.model import ReducedViT, backbone_of, reduce_tokens
@@ -22,7 +24,7 @@ from evovit.recipe.reading import overridden, parse_recipe, read_recipe
 from evovit.recipe.tables import Recipe
 from evovit.runtime.files import read_state_dict
 from evovit.runtime.world import World
-from evovit.train.build import build_model, colours_of, fit, open_images_of
+from evovit.train.build import build_model, colours_in, fit, image_side, open_images_of, preprocessing_in
 from evovit.train.evaluate import Accuracy, evaluate, paired
 from evovit.train.records import EPOCHS, read_lines
 from evovit.train.run import settle
@@ -54,6 +56,20 @@ def run_model(run: Path, weights: str, folder: Path | None, overrides: Sequence[
     return Tested(f"{run}, {weights} weights", recipe, images, model)
 
 
+def saved_model(name: str, images: Path | None, overrides: Sequence[str]) -> Tested:
+    """Return a model that was saved or shared, and a folder of images, prepared as the model tells."""
+    if images is None:
+        raise EvoViTError(f"{shown(name)} has no test images of its own; give --images FOLDER.")
+    model = load_reduced(name)
+    prepared = read_preprocessing(model.model, backbone_of(model).image_shape)
+    if not prepared:
+        raise EvoViTError(f"{shown(name)} does not tell how images are prepared; give a run, or a timm name.")
+    recipe = parse_recipe(overridden(_tables(name, images, prepared["crop_pct"]), overrides))
+    resize = {key: prepared[key] for key in ("interpolation", "crop_mode")}
+    opened = open_images(recipe, image_side(model), colours_in(prepared), resize)
+    return Tested(name, recipe, opened, model, places_of(opened.class_names, model))
+
+
 def named_model(
     name: str,
     weights: str,
@@ -68,17 +84,7 @@ def named_model(
         raise EvoViTError(f"Give either --weights FILE or --pretrained for {name!r}.")
     model = load_named(name, weights, pretrained)
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    tables = {
-        "model": {"name": name},
-        "data": {
-            **_splits(folder),
-            "batch_size": 1,
-            "crop_pct": cfg.get("crop_pct", 0.875),
-        },
-        "learning_rate": {"base": 0.0, "warm_up_epochs": 0},
-        "run": {"epochs": 1},
-    }
-    recipe = parse_recipe(overridden(tables, overrides))
+    recipe = parse_recipe(overridden(_tables(name, folder, cfg.get("crop_pct", 0.875)), overrides))
     images = open_images_of(recipe)
     return Tested(
         f"{name}, {weights or 'published weights'}",
@@ -109,11 +115,15 @@ def open_model(
     """Return a model by what names it, how its images are prepared if that is its own, and a warning.
 
     Args:
-        text: a timm name, the folder of a run, or one written by `save_reduced`.
+        text: a timm name, the folder of a run, or one written by `save_reduced`, `hf:user/name` on the Hub.
         weights: of a run: last, best or ema, "" for last; of a timm name: a file, "" for random ones.
         pretrained: of a timm name: the published weights.
     """
     folder = Path(text)
+    if is_saved(text):
+        if weights or pretrained:
+            raise EvoViTError(f"{shown(text)} has weights of its own; leave --weights and --pretrained out.")
+        return load_reduced(text), None, ""
     if not folder.exists():
         if weights and pretrained:
             raise EvoViTError("Give either --weights or --pretrained.")
@@ -121,25 +131,34 @@ def open_model(
         return load_named(text, weights, pretrained), None, "" if weights or pretrained else random
     if pretrained:
         raise EvoViTError("--pretrained is for a timm name; a folder has weights of its own.")
-    if (folder / MANIFEST).is_file():
-        if weights:
-            raise EvoViTError("--weights is for a timm name or a run; this folder has weights of its own.")
-        return load_reduced(folder), None, ""
     if not (folder / "recipe.toml").is_file():
         raise EvoViTError(f"{text!r} is neither the folder of a run nor one that save_reduced wrote.")
     tested = run_model(folder, weights or "last", None, ())
     host = tested.model.model if isinstance(tested.model, ReducedViT) else tested.model
-    mean, std = colours_of(tested.recipe, host)
-    preprocessing = {
-        "input_size": list(backbone_of(tested.model).image_shape),
-        "mean": list(mean),
-        "std": list(std),
-        "interpolation": "bicubic",
-        "crop_pct": tested.recipe.data.crop_pct,
-        "crop_mode": "center",
-        "class_names": list(tested.images.class_names),
+    return tested.model, preprocessing_in(tested.recipe, host, tested.images), ""
+
+
+def _tables(name: str, folder: Path, crop_pct: float) -> dict[str, Any]:
+    """Return the tables of a recipe that tests a model on a folder of images."""
+    return {
+        "model": {"name": name},
+        "data": {**_splits(folder), "batch_size": 1, "crop_pct": crop_pct},
+        "learning_rate": {"base": 0.0, "warm_up_epochs": 0},
+        "run": {"epochs": 1},
     }
-    return tested.model, preprocessing, ""
+
+
+def accuracy_of_run(run: Path) -> dict[str, float]:
+    """Return what the test at the end of a run found, in percent; empty where there was none."""
+    recipe = read_recipe(run / "recipe.toml")
+    last = next((line for line in reversed(read_lines(run / EPOCHS)) if "top1" in line), {})
+    if last.get("epoch") != recipe.run.epochs:
+        return {}
+    what = f"{last['test_images']} test images of {Path(recipe.data.source).name}"
+    at_budgets = {
+        key: f"budget {key.removeprefix('top1_at_')}, " for key in last if key.startswith("top1_at_")
+    }
+    return {f"top-1 %, {words}{what}": last[key] for key, words in (at_budgets or {"top1": ""}).items()}
 
 
 def _splits(folder: Path) -> dict[str, Any]:

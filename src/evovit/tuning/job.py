@@ -13,12 +13,13 @@ from evovit.checkpoints.reduced import MODEL, save_reduced
 from evovit.data.photographs import read_photographs
 from evovit.engines.exporting import preprocessing_of
 from evovit.errors import EvoViTError, shown
-from evovit.hosts.hf import is_hf
+from evovit.hosts.preprocessing import tell_preprocessing
 from evovit.model import ReducedViT
 from evovit.recipe.reading import LIBRARY, read_recipe
 from evovit.recipe.tables import MethodTable, Recipe
 from evovit.runtime.files import as_path, told, write_text
 from evovit.runtime.world import join_world
+from evovit.train.build import preprocessing_in
 from evovit.train.evaluate import evaluate
 from evovit.train.tested import Tested, load_named, open_model, run_model
 from evovit.tuning.tune import Tuned
@@ -91,11 +92,10 @@ def save_found(job: Job, found: Tuned, folder: Path) -> None:
     """Write the winner, and a recipe that trains it on."""
     if found.model is None or found.best is None:
         return
-    timms = {} if is_hf(job.name) else {"host": job.host["name"], "host_options": job.host["options"]}
-    try:
-        save_reduced(found.model, folder, **timms)
-    except EvoViTError:  # these build another host, as after surgery; then it tells itself what it can
-        save_reduced(found.model, folder)
+    if job.tested is not None:
+        told_by = preprocessing_in(job.tested.recipe, job.model, job.tested.images)
+        tell_preprocessing(found.model.model, told_by)
+    save_reduced(found.model, folder)
     with told(folder):
         write_text(folder / "finetune.toml", finetune(job, found, folder).to_toml())
 

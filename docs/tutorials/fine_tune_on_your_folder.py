@@ -1,0 +1,128 @@
+# %% [markdown]
+# # Fine-tune on your folder
+#
+# You have images in folders, one folder a class, and want a faster model for them that is as accurate as before. This
+# page trains a dense model, reduces it, looks at what that costs, fine-tunes it, and loads the result. All of it runs on
+# a CPU in under a minute, because images and model are tiny; with yours only names change.
+#
+# ## Your images
+#
+# `images/train/<class>/<image>` and `images/val/<class>/<image>`, any format and size. Here they are made from
+# scikit-learn's handwritten digits:
+
+# %%
+from pathlib import Path
+
+from PIL import Image
+from sklearn.datasets import load_digits
+
+digits = load_digits()
+for number, (ink, label) in enumerate(
+    zip(digits.images[:960], digits.target[:960], strict=True)
+):
+    folder = Path("images", "train" if number < 640 else "val", f"digit_{label}")
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((ink * 15.9).astype("uint8")).resize((48, 48)).save(
+        folder / f"{number}.png"
+    )
+print(
+    *sorted(str(folder) for folder in Path("images/train").iterdir())[:3],
+    "...",
+    sep="\n",
+)
+
+# %% [markdown]
+# ## A recipe
+#
+# A training is a TOML file. `evovit recipes` lists those that come with evovit; `evovit recipes copy finetune` gives you the
+# one for a published DeiT-S on a GPU. This one is for a tiny model on a CPU. [Every option](../reference/recipe_options.md).
+
+# %%
+recipe = """
+[model]
+name = "small_vit"
+options = {depth = 4}
+
+[method]
+name = "evo_vit"
+keep_ratio = 0.5
+start_block = 1
+stage_length = 3
+
+[data]
+source = "images"
+batch_size = 32
+workers = 0
+crop_scale = 0.7
+flip = 0.0
+
+[optimizer]
+name = "muon"
+clip_norm = 1.0
+
+[learning_rate]
+base = 2e-3
+reference_batch = 32
+warm_up_epochs = 0.2
+
+[run]
+epochs = 2
+device = "cpu"
+"""
+_ = Path("mine.toml").write_text(recipe)
+
+# %% [markdown]
+# ## The dense model first
+#
+# `--set` changes any option; a keep ratio of 1 reduces nothing. Skip this step if you have a trained model: `model.weights` takes its file, and
+# `model.pretrained=true` the published weights of a timm model.
+
+# %%
+# !evovit train mine.toml --set method.keep_ratio=1.0 --out runs/dense
+
+# %% [markdown]
+# A training that was killed goes on with the same command. Many GPUs: `torchrun --nproc_per_node 8 -m evovit train ...`.
+#
+# ## What does a method cost before any training?
+
+# %%
+# !evovit eval runs/dense --method evo_vit:start_block=1,stage_length=3 tome:r=8
+
+# %% [markdown]
+# ## Fine-tune
+#
+# It starts from the dense weights, with the method on, for one epoch more.
+
+# %%
+# !evovit train mine.toml --set model.weights=runs/dense/model/model.safetensors --set run.epochs=1 --out runs/evo
+
+# %% [markdown]
+# The run folder has the recipe with every option, a line per update and epoch, the last checkpoints, and the model:
+# [what a run folder holds](../training.md#what-a-run-folder-holds). `evovit report runs` lays runs side by side.
+#
+# ## Use it
+#
+# The folder knows the network, how images are prepared, and the names of the classes.
+
+# %%
+import torch
+from timm.data import create_transform, resolve_data_config
+
+import evovit
+
+fast = evovit.load_reduced("runs/evo/model").eval()
+prepare = create_transform(**resolve_data_config(model=fast))
+classes = fast.pretrained_cfg["label_names"]
+some = sorted(Path("images/val").glob("*/*.png"))[::40]
+images = torch.stack([prepare(Image.open(path).convert("RGB")) for path in some])
+with torch.inference_mode():
+    found = fast(images).argmax(1)
+for path, number in zip(some, found.tolist(), strict=True):
+    print(f"{path}: {classes[number]}")
+
+# %% [markdown]
+# ## Next
+#
+# [Share it](../sharing.md) by one line. Which method is best for your images? `evovit compare` trains several from the same dense weights under equal budgets:
+# [methods side by side](../comparison.md). A loop of your own: [this page](your_own_loop.md). Everything about training:
+# [training](../training.md).
