@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from evovit.engines.base import PRECISIONS, Engine, Run
-from evovit.engines.exporting import ANY, PREPROCESSING, RECORD, TARGETS, Preprocessing
+from evovit.engines.exporting import ANY, PREPROCESSING, RECORD, TARGETS
 from evovit.errors import EvoViTError, shown
+from evovit.hosts.preprocessing import Preprocessing
 from evovit.methods import build_config, find_method
 from evovit.options import build
 from evovit.runtime.files import as_path, read_json
