@@ -15,14 +15,10 @@ test:
 	python -m pytest
 
 test-all:
-<<<<<<< HEAD
-	python -m pytest -m "not gpu and not torture"
+	python -m pytest -m "not full and not gpu and not torture"
 
 docs:  # RUN_TUTORIALS=false leaves their outputs out; `python -m mkdocs serve` shows changes at once
 	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
 
 package:
 	.ci/package
-=======
-	python -m pytest -m "not full and not gpu and not torture"
->>>>>>> main

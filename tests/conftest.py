@@ -79,9 +79,9 @@ KINDS = ("vit_avg", "post_norm", "parallel_things", "parallel_scaling", "eva02",
 # ^ a host for each adapter and each way in which a block is laid out
 
 
-def traced(cases: list[Any]) -> list[Any]:
+def traced(cases: list[Any], everyday: tuple[str, ...] = EVERYDAY) -> list[Any]:
     """Return cases (method, ...) of a test that traces, which takes seconds; all but a few are slow."""
-    return [case if case[0] in EVERYDAY else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+    return [case if case[0] in everyday else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
 def covering(method: str, host: str) -> pytest.MarkDecorator:

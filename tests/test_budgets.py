@@ -54,7 +54,7 @@ def test_without_a_list_any_budget_may_be_set_and_taken_back() -> None:
     assert torch.equal(model(pictures()), own)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_switching_compiles_nothing_after_warming(backend: str) -> None:
     torch.compiler.reset()
     model = evovit.reduce_tokens(make_host("vit"), "evo_vit", budgets=BUDGETS, **METHODS["evo_vit"]).eval()

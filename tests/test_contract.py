@@ -132,7 +132,7 @@ def check_one_graph(method: str, options: dict[str, Any], host: str, training: b
         actual.square().mean().backward()
 
 
-@pytest.mark.parametrize(("method", "options"), traced(ON_VIT), ids=IDS)
+@pytest.mark.parametrize(("method", "options"), traced(ON_VIT, ("evo_vit", "tome")), ids=IDS)
 def test_compiles_in_one_graph(method: str, options: dict[str, Any]) -> None:
     """In evaluation and in training, with the graph of the gradients."""
     for training in (False, True):

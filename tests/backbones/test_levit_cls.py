@@ -263,7 +263,6 @@ def test_named_models_have_the_published_work_and_size(name: str) -> None:
     shape, (work, size) = model.pretrained_cfg["input_size"], TABLE[name]
     assert gmacs(model, shape) == pytest.approx(work, rel=5e-3)
     if name == "evo_levit_128s":
-        assert gmacs(model, shape) == pytest.approx(gmacs(model, shape), rel=1e-3)
         model.method.mode = "layer"
         assert gmacs(model, shape) == pytest.approx(work, rel=5e-3)
     count = sum(p.numel() for n, p in model.named_parameters() if "head_cls" not in n)

@@ -91,7 +91,6 @@ def test_size_and_macs_equal_the_published(
     assert sum(p.numel() for p in host.parameters()) / 1e6 == pytest.approx(parameters, rel=6e-4)
     if work is not None:
         assert gmacs(host, (3, size, size)) == pytest.approx(work, rel=5e-3)
-        assert gmacs(host, (3, size, size)) == pytest.approx(gmacs(host, (3, size, size)), rel=1e-3)
 
 
 def test_named_models_come_from_both_doors() -> None:

@@ -295,9 +295,8 @@ def test_compiles_in_one_graph_and_exports(name: str) -> None:
             assert torch.allclose(run(images), model(images), rtol=1e-4, atol=1e-5)
 
 
-def test_macs_equal_the_table_and_the_counter() -> None:
+def test_macs_equal_the_table() -> None:
     for name, expected in (("128s", 0.305), ("128", 0.405), ("192", 0.657), ("256", 1.127), ("384", 2.352)):
         with torch.device("meta"):
             host = timm.create_model(f"levit_{name}").eval()
         assert gmacs(host, (3, 224, 224)) == pytest.approx(expected, rel=5e-3)
-        assert gmacs(host, (3, 224, 224)) == pytest.approx(gmacs(host, (3, 224, 224)), rel=1e-6)

@@ -278,7 +278,7 @@ def test_a_file_that_keeps_other_tokens_is_refused() -> None:
 def test_a_file_that_fails_its_proof_leaves_the_older_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export(reduced("vit", "evo_vit"), tmp_path, "pt2", preprocessing=PREPARE)
+    export(reduced("vit", "dense"), tmp_path, "pt2", preprocessing=PREPARE)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def off(self: Any, path: Path, threads: int | None = None) -> Run:
@@ -286,7 +286,7 @@ def test_a_file_that_fails_its_proof_leaves_the_older_one(
 
     monkeypatch.setattr(exporting.Pt2, "load", off)
     with pytest.raises(EvoViTError, match="differs from the model"):
-        export(reduced("vit", "tome"), tmp_path, "pt2", preprocessing=PREPARE)
+        export(reduced("deit3", "dense"), tmp_path, "pt2", preprocessing=PREPARE)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -327,7 +327,7 @@ def test_wrong_wishes_are_one_sentence(given: dict[str, Any], told: str, tmp_pat
 
 
 def test_another_model_does_not_mix_into_a_folder(tmp_path: Path) -> None:
-    export(reduced("vit", "evo_vit"), tmp_path, "pt2", preprocessing=PREPARE)
+    export(reduced("vit", "dense"), tmp_path, "pt2", preprocessing=PREPARE)
     with pytest.raises(EvoViTError, match="prepares images otherwise"):
         export(reduced("vit", "evo_vit"), tmp_path, "pt2", preprocessing=PREPARE | {"crop_pct": 1.0})
 

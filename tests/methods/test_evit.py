@@ -169,7 +169,6 @@ def test_token_counts_and_macs_equal_the_table(ratio: float) -> None:
         model = evovit.reduce_tokens(host, "evit", keep_ratio=ratio, rest=rest, last_block="all")
         work = gmacs(model, (3, 224, 224))
         assert work == pytest.approx(expected, rel=5e-3 if expected > 2 else 7e-3)  # two decimals printed
-        assert gmacs(model, (3, 224, 224)) == pytest.approx(work, rel=2e-3)
         with torch.no_grad():
             trace = model.run(torch.empty(1, 3, 224, 224, device="meta"), record=True).trace
         assert [trace[b].num_patches for b in (3, 6, 9)] == COUNTS[ratio][rest == "drop"]

@@ -162,7 +162,6 @@ def test_size_and_macs_equal_the_table(
     assert millions == [pytest.approx(expected, rel=2e-3) for expected in (small, whole, teacher)]
     model.last_block = "all"  # as published
     assert gmacs(model, (3, size, size)) == pytest.approx(work, rel=5e-3)
-    assert gmacs(model, (3, size, size)) == pytest.approx(work, rel=1.2e-2)  # without the slots' own product
     assert gmacs(dense, (3, size, size)) == pytest.approx(its_work, rel=1.3e-2)  # one decimal printed
     assert sum(p.requires_grad for p in dense.aux_head.parameters()) == 0
 

@@ -194,7 +194,7 @@ def refusals(first: int, step: int) -> list[Any]:
 @pytest.mark.parametrize(
     ("error", "place", "step"),
     [
-        *refusals(0, 14),
+        *refusals(0, 20),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in refusals(0, 2)),
         *(pytest.param(*case, marks=pytest.mark.full) for case in refusals(0, 1)),
     ],

@@ -386,6 +386,7 @@ def test_a_fresh_process_reads_the_place_of_the_hub_from_its_environment(tmp_pat
     program = """
 import torch, evovit
 from evovit.cli import main
+torch.set_num_threads(1)  # as here: sums are then the same to the bit
 main(["push", "saved", "user/fast"])
 with torch.no_grad():
     torch.save(evovit.load_reduced("hf:user/fast")(torch.load("pictures.pt")), "logits.pt")
