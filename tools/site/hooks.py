@@ -26,7 +26,6 @@ TABLES = {  # what a marker stands for on any page
     "commands": reference.command_table,
     "recipe tables": reference.recipe_tables,
     "recipes": reference.recipe_list,
-    "first picture": method_pages.first_picture,
 }
 OF_METHOD = {  # on the page of a method
     "facts": method_pages.facts,
