@@ -67,7 +67,7 @@ def as_notebook(text: str) -> Any:
 def _run(notebook: Any) -> None:
     """Run a notebook in this Python's own environment; its outputs are in it afterwards."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PATH": path, "COLUMNS": "140"}
+    environment = os.environ | {"PATH": path, "COLUMNS": "140", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as sockets, tempfile.TemporaryDirectory() as folder:
         near = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}})
         place = {"metadata": {"path": folder}}
