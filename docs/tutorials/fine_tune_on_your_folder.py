@@ -18,9 +18,9 @@ from sklearn.datasets import load_digits
 
 digits = load_digits()
 for number, (ink, label) in enumerate(
-    zip(digits.images[:960], digits.target[:960], strict=True)
+    zip(digits.images[:720], digits.target[:720], strict=True)
 ):
-    folder = Path("images", "train" if number < 640 else "val", f"digit_{label}")
+    folder = Path("images", "train" if number < 480 else "val", f"digit_{label}")
     folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray((ink * 15.9).astype("uint8")).resize((48, 48)).save(
         folder / f"{number}.png"

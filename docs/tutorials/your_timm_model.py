@@ -50,9 +50,8 @@ print(
 
 # %%
 assert fast.model is model
-print(
-    f"{evovit.gmacs(model, (3, 224, 224)):.2f} GMACs dense, {evovit.gmacs(fast, (3, 224, 224)):.2f} reduced"
-)
+gmacs = [evovit.gmacs(each, (3, 224, 224)) for each in (model, fast)]
+print("{:.2f} GMACs dense, {:.2f} reduced".format(*gmacs))
 
 # %% [markdown]
 # ## How much faster?
@@ -61,7 +60,7 @@ print(
 # same engine and precision. A speed-up within the noise is called "about 1".
 
 # %%
-# !evovit bench deit_tiny_patch16_224 --method tome:r=13 evit:keep_ratio=0.7 --batch 8 --engine eager --rounds 5 --threads 1
+# !evovit bench deit_tiny_patch16_224 --method tome:r=13 evit:keep_ratio=0.7 --batch 4 --engine eager --rounds 5 --threads 1
 
 # %% [markdown]
 # The *ceiling* is the ratio of the arithmetic; *conversion* is how much of it became time. This page is built on whatever
@@ -74,11 +73,8 @@ print(
 # %%
 evo = evovit.reduce_tokens(model, "evo_vit", keep_ratio=0.5)
 kept = evovit.kept_patches(evo, images)
-print(
-    kept.shape,
-    "share of the patches, block by block:",
-    kept.float().mean((0, 2, 3)).tolist(),
-)
+print(kept.shape, "share of the patches, block by block:")
+print(kept.float().mean((0, 2, 3)).tolist())
 
 # %% [markdown]
 # and as a picture. With random weights it shows what the method does, not what a trained model looks at.

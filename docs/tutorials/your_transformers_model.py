@@ -35,9 +35,8 @@ images = torch.randn(2, 3, 224, 224)
 with torch.inference_mode():
     answer = fast(pixel_values=images, labels=torch.tensor([1, 2]))
 print(type(answer).__name__, answer.logits.shape, f"loss {answer.loss:.2f}")
-print(
-    f"{evovit.gmacs(model, (3, 224, 224)):.2f} GMACs dense, {evovit.gmacs(fast, (3, 224, 224)):.2f} reduced"
-)
+gmacs = [evovit.gmacs(each, (3, 224, 224)) for each in (model, fast)]
+print("{:.2f} GMACs dense, {:.2f} reduced".format(*gmacs))
 
 # %% [markdown]
 # ## In a pipeline

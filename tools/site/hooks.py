@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,6 +20,7 @@ from mkdocs.structure.pages import Page
 from evovit.cli import COMMANDS
 from evovit.methods import list_methods
 
+AT_ONCE = 2  # tutorials that run at the same time, each on one thread
 FETCHED = re.compile(r"<(?:script|img|link|iframe)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^\s>]*")
 MARKER = re.compile(r"<!-- site: ([\w ]+) -->")
 TABLES = {  # what a marker stands for on any page
@@ -26,7 +29,6 @@ TABLES = {  # what a marker stands for on any page
     "commands": reference.command_table,
     "recipe tables": reference.recipe_tables,
     "recipes": reference.recipe_list,
-    "first picture": method_pages.first_picture,
 }
 OF_METHOD = {  # on the page of a method
     "facts": method_pages.facts,
@@ -84,12 +86,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             add(f"methods/{name}.md", method_pages.unwritten_page(name))
         if (picture := method_pages.picture(name)) is not None:
             add(f"methods/{name}.png", picture)
-    for path in sorted((docs / "tutorials").glob("*.py")):
-        made = tutorials.make_page(path, execute=config.extra["run_tutorials"])
-        add(f"tutorials/{path.stem}.md", made.markdown)
-        add(f"tutorials/{path.stem}.ipynb", made.notebook)
-        for name, picture in made.pictures.items():
-            add(f"tutorials/{name}", picture)
+    sources = sorted((docs / "tutorials").glob("*.py"))
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        pages = pool.map(partial(tutorials.make_page, execute=config.extra["run_tutorials"]), sources)
+        for path, made in zip(sources, pages, strict=True):
+            add(f"tutorials/{path.stem}.md", made.markdown)
+            add(f"tutorials/{path.stem}.ipynb", made.notebook)
+            for name, picture in made.pictures.items():
+                add(f"tutorials/{name}", picture)
     return files
 
 

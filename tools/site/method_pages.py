@@ -213,12 +213,3 @@ def picture_section(name: str, has_picture: bool) -> str:
         "on a DeiT-T with random weights: it shows how tokens are treated, not what a trained model sees. "
         "[`evovit show`](../show.md) draws your own photograph and model.\n"
     )
-
-
-def first_picture() -> str:
-    """Return the picture of the first page, which is in docs/."""
-    return (
-        "[![Evo-ViT, block by block](methods/evo_vit.png){ .wide }](methods/evo_vit.md)\n\n"
-        "*Two photographs, block by block: dark patches take no part. How it was drawn is on "
-        "[the method's page](methods/evo_vit.md).*"
-    )

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import nbformat
-from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from traitlets.config import Config
 
 SECONDS = 600  # of one cell, before the build fails
 SHELL = "%%script env -u FORCE_COLOR bash -e"  # no progress bars; a command that fails ends the build
@@ -67,11 +67,14 @@ def as_notebook(text: str) -> Any:
 def _run(notebook: Any) -> None:
     """Run a notebook in this Python's own environment; its outputs are in it afterwards."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PATH": path, "COLUMNS": "140"}
+    environment = os.environ | {"PATH": path, "COLUMNS": "140", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as sockets, tempfile.TemporaryDirectory() as folder:
-        manager = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets}/kernel")
+        near = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}})
         place = {"metadata": {"path": folder}}
-        NotebookClient(notebook, km=manager, timeout=SECONDS, resources=place).execute(env=environment)
+        client = NotebookClient(
+            notebook, kernel_name="python3", timeout=SECONDS, resources=place, config=near
+        )
+        client.execute(env=environment)
 
 
 def _render(notebook: Any, name: str) -> tuple[str, dict[str, bytes]]:
