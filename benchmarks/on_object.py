@@ -16,14 +16,24 @@ import json
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from evovit.data.readers import open_reader
 from evovit.model import ReducedViT, reduce_tokens
 from evovit.options import read_named
 from evovit.runtime.world import join_world
-from evovit.train.tested import run_model
+from evovit.train.tested import Tested, run_model
 from evovit.visualize import kept_on_box, kept_patches, patches_on_box
+
+
+def boxes_of(tested: Tested, path: Path, split: str) -> Tensor:
+    """Return left, top, right, bottom (exclusive) of the object in each test image, (images, 4) float32."""
+    boxes = json.loads(path.read_text())[split]
+    reader = open_reader(tested.recipe.data.source, tested.recipe.data.test_split)
+    names = [Path(reader.filename(row)).as_posix() for row in range(len(reader))]
+    corners = torch.tensor([boxes["/".join(name.split("/")[-2:])] for name in names]).float()
+    corners[:, 2:] += 1  # inclusive
+    return corners
 
 
 def main() -> None:
@@ -37,12 +47,7 @@ def main() -> None:
     given = parser.parse_args()
 
     tested = run_model(given.run, "last", None, given.set)
-    boxes = json.loads(given.boxes.read_text())[given.split]
-    reader = open_reader(tested.recipe.data.source, tested.recipe.data.test_split)
-    names = [Path(reader.filename(row)).as_posix() for row in range(len(reader))]
-    corners = torch.tensor([boxes["/".join(name.split("/")[-2:])] for name in names]).float()
-    corners[:, 2:] += 1  # inclusive
-
+    corners = boxes_of(tested, given.boxes, given.split)
     model: nn.Module = tested.model.eval()
     host: nn.Module = model.model if isinstance(model, ReducedViT) else model
     models = {"as trained": model} if isinstance(model, ReducedViT) else {}

@@ -1,0 +1,121 @@
+"""Is there anything to select? Accuracy of a dense run with patches chosen by more than a method can know.
+
+    python benchmarks/oracles.py RUN --blocks 1 3 --keep-ratio 0.5 0.25 0.1 --boxes boxes.json
+
+Nothing is trained. In one block all but a share of the patches are dropped, chosen by
+
+- random: chance, which the others are paired with, image by image (McNemar);
+- even: evenly spaced;
+- class: the class token's attention in that block, as EViT and Evo-ViT without history read it;
+- last: the class token's attention in the last block of the dense model, which no method has yet;
+- occlusion: how far the dense model's logit of its own answer falls with the patch painted in mean colour;
+- box, outside: patches whose centre lies in the object's box first, or last (--boxes, as in on_object.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from on_object import boxes_of
+from torch import Tensor, nn
+
+from evovit.analyse.measures import as_reduced
+from evovit.analyse.watch import watch
+from evovit.backbones.base import Block
+from evovit.methods import register
+from evovit.methods.keep import Keep
+from evovit.model import reduce_tokens
+from evovit.runtime.world import join_world
+from evovit.tokens import QKV, Tokens, logits_of
+from evovit.train.evaluate import paired
+from evovit.train.tested import run_model
+from evovit.visualize import patches_on_box
+
+PART = 100  # images a step
+
+
+@register("given")
+class Given(Keep):
+    """Keeps the patches with the best of the scores that it is given, (B, cells)."""
+
+    given: Tensor
+
+    def score(self, block: Block, tokens: Tokens, qkv: QKV) -> Tensor:
+        return self.given.gather(1, tokens.index)
+
+
+@torch.inference_mode()
+def occlusion(model: nn.Module, images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return how far the logit of the model's answer falls without each patch, (B, cells)."""
+    height, width = images.shape[2] // grid[0], images.shape[3] // grid[1]
+    logits = logits_of(model(images))
+    answer = logits.argmax(1, keepdim=True)
+    before = logits.gather(1, answer)
+    falls = []
+    for cell in range(grid[0] * grid[1]):
+        row, column = divmod(cell, grid[1])
+        hidden = images.clone()
+        hidden[:, :, row * height : (row + 1) * height, column * width : (column + 1) * width] = 0
+        falls.append(before - logits_of(model(hidden)).gather(1, answer))
+    return torch.cat(falls, 1).float()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--boxes", type=Path)
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--side", type=int, default=64)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--keep-ratio", type=float, nargs="+", default=[0.5, 0.25, 0.1])
+    parser.add_argument("--set", nargs="*", default=())
+    asked = parser.parse_args()
+
+    tested = run_model(asked.run, "last", None, asked.set)
+    model = tested.model.eval()
+    with join_world("cpu") as world:
+        batches = list(tested.images.test(world))
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    seen = [list(watch(as_reduced(model), part)) for part in images.split(PART)]
+    grid = seen[0][0].grid
+    attention = [torch.cat([part[block].attention for part in seen]) for block in range(len(seen[0]))]
+    chance = torch.rand(attention[0].shape, generator=torch.Generator().manual_seed(0))
+    hidden = torch.cat([occlusion(model, part, grid) for part in images.split(PART)])
+    known = {"last": attention[-1], "occlusion": hidden}
+    if asked.boxes:
+        on_box = patches_on_box(boxes_of(tested, asked.boxes, asked.split), grid, (asked.side, asked.side))
+        known["box"] = on_box.flatten(1) + chance / 2
+        known["outside"] = ~on_box.flatten(1) + chance / 2
+
+    def right(run: nn.Module, scores: Tensor | None = None) -> Tensor:
+        found = []
+        for start in range(0, len(images), PART):
+            if scores is not None:
+                run.method.given = scores[start : start + PART]
+            with torch.inference_mode():
+                found.append(logits_of(run(images[start : start + PART])).argmax(1).cpu())
+        return torch.cat(found) == labels
+
+    dense = right(model)
+    print(f"{tested.name}: dense {100 * dense.float().mean():.2f} % of {len(labels)} images\n")
+    print("| block | kept | chosen by | top-1 % | against random |\n| --- | --- | --- | --- | --- |")
+    for block in asked.blocks:
+        for share in asked.keep_ratio:
+            options = {"blocks": (block,), "keep_ratio": share}
+            given = reduce_tokens(model, "given", **options).eval()
+            even = reduce_tokens(model, "keep", selection="even", **options).eval()
+            random = right(given, chance)
+            found = {"random": random, "even": right(even), "class": right(given, attention[block])}
+            found |= {name: right(given, scores) for name, scores in known.items()}
+            for name, hits in found.items():
+                pair = paired(hits, random)
+                told = "" if name == "random" else f"{pair.difference:+.2f} ± {pair.error:.2f}"
+                print(
+                    f"| {block} | {share} | {name} | {100 * hits.float().mean():.2f} | {told} |", flush=True
+                )
+
+
+if __name__ == "__main__":
+    main()
