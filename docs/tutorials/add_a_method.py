@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Add a method
 #
-# A method is one class with one verb: how does a block run? This page writes one, checks what the test suite would check, and looks
-# at what it keeps. The method: drop the patches with the smallest keys.
+# A method is one class; its `run_block` says how a block runs. This page writes a method, checks what the test suite would check, and shows
+# which patches it keeps. The method drops the patches with the smallest keys.
 
 # %%
 # %matplotlib inline
@@ -54,8 +54,8 @@ class SmallestKeys(Method):
 
 
 # %% [markdown]
-# The block is a view of the host's: norms, LayerScale, rotary positions and gates are the host's own, so the method runs on all
-# hosts alike. Options are declared once, with type, range, default and meaning; the check of what a user types follows from that.
+# The block calls the host's own modules: norms, LayerScale, rotary positions and gates. So the method runs on all
+# hosts alike. Options are declared once, with type, range, default and meaning; evovit checks the user's values against this.
 #
 # ## Try it
 
@@ -103,7 +103,7 @@ fast.eval()
 print("all four hold")
 
 # %% [markdown]
-# A naive loop of the paper's equations is the other half of a test: here, that the largest keys are those kept.
+# A test also compares with a naive loop of the paper's equations: here it checks that the patches with the largest keys are kept.
 
 # %%
 with torch.inference_mode():
@@ -133,16 +133,16 @@ draw_kept(
 )
 
 # %% [markdown]
-# Random weights: this shows the rule at work, not what a trained model looks at.
+# The weights are random: this shows what the method does, not what a trained model looks at.
 #
-# ## Give it a home
+# ## Where the file goes
 #
-# In evovit it is a file, `src/evovit/methods/smallest_keys.py`, and a test file; nothing else is edited, and the commands, the
-# suite and this site's [list of methods](../methods/index.md) know it at once. In a package of yours it is the same file and two lines:
+# In evovit the method is a file, `src/evovit/methods/smallest_keys.py`, and a test file. You edit nothing else: the commands, the
+# test suite and this site's [list of methods](../methods/index.md) find it. In a package of your own it is the same file and two lines:
 #
 # ```toml
 # [project.entry-points."evovit.methods"]
 # smallest_keys = "your_package.smallest_keys"
 # ```
 #
-# What else a method may have (losses, a teacher, training that masks, merging, maps): [adding a method](../adding_a_method.md).
+# A method may also have losses, a teacher, masking in training, merging and feature maps: [adding a method](../adding_a_method.md).

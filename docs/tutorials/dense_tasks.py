@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Dense tasks
 #
-# Segmentation and detection read a map, with a value in every cell. A reduced model gives whole maps all the same. This
-# page puts a linear segmentation head on a reduced backbone, and measures how fresh its cells are.
+# Segmentation and detection read a map with a value in every cell. A reduced model still gives complete maps. This
+# page puts a linear segmentation head on a reduced backbone and measures how old the values in its cells are.
 
 # %%
 # %matplotlib inline
@@ -30,16 +30,16 @@ scenes = evovit.digit_scenes("train", 64, size=96)
 [tuple(each.shape) for each in backbone(scenes.images[:2])]
 
 # %% [markdown]
-# `features` is a backbone as `timm.create_model(..., features_only=True)` makes it, for any method: `feature_info.channels()` and
-# `.reduction()` tell a decoder what it needs.
+# `features` makes a backbone like that of `timm.create_model(..., features_only=True)`, for any method: a decoder reads
+# `feature_info.channels()` and `.reduction()`.
 
 # %%
 print(backbone.feature_info.channels(), backbone.feature_info.reduction())
 
 # %% [markdown]
-# ## A head, trained
+# ## Train a head
 #
-# A convolution of 1 x 1 on both maps, and `PixelShuffle` back to pixels. Backbone and head learn together for a few steps, to find
+# The head is a 1 x 1 convolution on both maps, and `PixelShuffle` back to pixels. Backbone and head are trained together for a few steps to find
 # the digit's pixels.
 
 # %%
@@ -94,8 +94,8 @@ for image, truth, mask, column in zip(
 # %% [markdown]
 # ## How old is a cell?
 #
-# A whole map is not a fresh one. With Evo-ViT the cells that wait move with the representative token; after a method that drops, a
-# cell holds its last value (`restore="hold"`), or that of the token it was merged into (`"unmerge"`).
+# A complete map may still contain old values. With Evo-ViT the placeholders are updated by the representative token. With a method that drops tokens a
+# cell keeps its last value (`restore="hold"`); with one that merges, it takes the value of the token it was merged into (`"unmerge"`).
 
 # %%
 for name, options in (
@@ -108,7 +108,7 @@ for name, options in (
     print(f"{name}: {stale:.0%} of the cells are older than the last two blocks")
 
 # %% [markdown]
-# [Every way to restore a cell](../feature_maps.md#cells-without-a-token), and which method allows which.
+# [Cells without a token](../feature_maps.md#cells-without-a-token) lists every way to restore a cell, and which method allows which.
 #
 # ## Next
 #

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Export and serve
 #
-# A reduced model leaves Python as one file: for ONNX Runtime, OpenVINO, or PyTorch's own runtimes. Each file is loaded again and
-# compared with PyTorch before it is kept. The page needs `pip install "evovit[onnx]"`.
+# A reduced model can be exported to one file, for ONNX Runtime, OpenVINO, or PyTorch's own runtimes. Each file is loaded again and
+# compared with PyTorch before it is kept. This page needs `pip install "evovit[onnx]"`.
 
 # %%
 import timm
@@ -21,8 +21,8 @@ record = evovit.export(fast, "exported", to="onnx")
 record["proof"]
 
 # %% [markdown]
-# `largest_error` is relative to the largest logit; every image also kept the very same patches, block by block. A file that fails
-# is not kept. On the command line: `evovit export MODEL --method evo_vit --keep-ratio 0.5 --to onnx openvino`.
+# `largest_error` is relative to the largest logit; in every image the same patches were kept in every block. A file that fails
+# the comparison is not kept. On the command line: `evovit export MODEL --method evo_vit --keep-ratio 0.5 --to onnx openvino`.
 
 # %%
 # !ls exported
@@ -30,7 +30,7 @@ record["proof"]
 # %% [markdown]
 # ## Run it, without evovit
 #
-# `run.py` needs NumPy, Pillow and the engine alone, and knows the preprocessing:
+# `run.py` needs only NumPy, Pillow and the engine, and does the preprocessing:
 
 # %%
 from PIL import Image
@@ -56,13 +56,13 @@ with torch.inference_mode():
 logits.shape
 
 # %% [markdown]
-# Which engine is fastest? `evovit bench MODEL --engine eager compiled onnxruntime openvino --precision fp32 int8` times all of them; what was measured
-# here is in [speed](../speed.md#engines).
+# Which engine is fastest? `evovit bench MODEL --engine eager compiled onnxruntime openvino --precision fp32 int8` times all of them; our measurements
+# are in [speed](../speed.md#engines).
 #
 # ## In PyTorch: one model, several speeds
 #
-# A server that is busy may answer with less work per image. `budgets` are the keep ratios that a model can switch between,
-# without being built again:
+# A busy server may spend less computation on each image. `budgets` are the keep ratios that a model can switch between
+# without being rebuilt:
 
 # %%
 several = evovit.reduce_tokens(
@@ -79,8 +79,8 @@ for budget in several.budgets:
 
 # %% [markdown]
 # [Serving by deadline](../../examples/serve_by_deadline.py) is a program that picks the largest budget with which no waiting request
-# comes late. Train for several budgets with `run.budgets` ([how](../tune.md#one-checkpoint-many-speeds)).
+# misses its deadline. Train for several budgets with `run.budgets` ([how](../tune.md#one-checkpoint-many-speeds)).
 #
 # ## Next
 #
-# Precisions, calibration, what is proven and what is not offered: [exporting](../exporting.md).
+# Precisions, calibration, how files are compared and what is not supported: [exporting](../exporting.md).

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Fine-tune on your folder
 #
-# You have images in folders, one folder a class, and want a faster model for them that is as accurate as before. This
-# page trains a dense model, reduces it, looks at what that costs, fine-tunes it, and loads the result. All of it runs on
-# a CPU in under a minute, because images and model are tiny; with yours only names change.
+# You have images in folders, one folder per class, and want a faster model for them that is as accurate as before. This
+# page trains a dense model, reduces it, measures how much accuracy that costs, fine-tunes it, and loads the result. All of it runs on
+# a CPU in under a minute, because images and model are tiny; for your own, only change the names.
 #
 # ## Your images
 #
@@ -34,8 +34,8 @@ print(
 # %% [markdown]
 # ## A recipe
 #
-# A training is a TOML file. `evovit recipes` lists those that come with evovit; `evovit recipes copy finetune` gives you the
-# one for a published DeiT-S on a GPU. This one is for a tiny model on a CPU. [Every option](../reference/recipe_options.md).
+# A recipe is a TOML file that describes a training. `evovit recipes` lists those that come with evovit; `evovit recipes copy finetune` gives you the
+# one for a published DeiT-S on a GPU. This one is for a tiny model on a CPU. [All options](../reference/recipe_options.md).
 
 # %%
 recipe = """
@@ -81,7 +81,7 @@ _ = Path("mine.toml").write_text(recipe)
 # !evovit train mine.toml --set method.keep_ratio=1.0 --out runs/dense
 
 # %% [markdown]
-# A training that was killed goes on with the same command. Many GPUs: `torchrun --nproc_per_node 8 -m evovit train ...`.
+# If a training was killed, the same command resumes it. For many GPUs: `torchrun --nproc_per_node 8 -m evovit train ...`.
 #
 # ## What does a method cost before any training?
 
@@ -91,18 +91,18 @@ _ = Path("mine.toml").write_text(recipe)
 # %% [markdown]
 # ## Fine-tune
 #
-# It starts from the dense weights, with the method on, for one epoch more.
+# This starts from the dense weights and trains one more epoch with Evo-ViT.
 
 # %%
 # !evovit train mine.toml --set model.weights=runs/dense/model/model.safetensors --set run.epochs=1 --out runs/evo
 
 # %% [markdown]
 # The run folder has the recipe with every option, a line per update and epoch, the last checkpoints, and the model:
-# [what a run folder holds](../training.md#what-a-run-folder-holds). `evovit report runs` lays runs side by side.
+# [what a run folder holds](../training.md#what-a-run-folder-holds). `evovit report runs` compares runs.
 #
 # ## Use it
 #
-# The folder knows the network, how images are prepared, and the names of the classes.
+# The folder contains the network, the preprocessing and the class names.
 
 # %%
 import torch
@@ -123,6 +123,6 @@ for path, number in zip(some, found.tolist(), strict=True):
 # %% [markdown]
 # ## Next
 #
-# [Share it](../sharing.md) by one line. Which method is best for your images? `evovit compare` trains several from the same dense weights under equal budgets:
-# [methods side by side](../comparison.md). A loop of your own: [this page](your_own_loop.md). Everything about training:
+# [Share it](../sharing.md) with one line. Which method is best for your images? `evovit compare` trains several from the same dense weights with the same
+# settings: [methods side by side](../comparison.md). To use your own training loop: [your own loop](your_own_loop.md). Everything about training:
 # [training](../training.md).

@@ -1,14 +1,14 @@
 # %% [markdown]
 # # Your own training loop
 #
-# A reduced model is an ordinary module: any loop trains it. Three things are easy to miss, and this page shows each of
+# A reduced model is an ordinary module: any training loop works. Three things are easy to miss, and this page shows each of
 # them in a plain loop, in Accelerate, in Lightning and in transformers' Trainer:
 #
 # 1. **The method may have losses of its own**: an assisted head, a ratio loss, a distance from a teacher. Calling the model
 #    gives logits only.
-# 2. **The method may follow the training**: Evo-ViT selects in every block for two thirds of it, then once a stage. Tell it
-#    how far you are, and at the end that you are done.
-# 3. **A teacher** is any classifier, frozen.
+# 2. **The method may change during the training**: Evo-ViT selects in every block for the first two thirds, then once per stage. Tell it
+#    how far the training is, and when it is done.
+# 3. **A teacher** may be needed: any classifier, frozen.
 
 # %%
 import timm
@@ -38,9 +38,9 @@ def new_model() -> evovit.ReducedViT:
 # %% [markdown]
 # ## A plain loop
 #
-# `run` gives more than logits: `extra_logits` has those of heads that only train (here the assisted head on the class
-# token, eq. 8 of the paper), and `method.losses` whatever the method adds. `set_progress` takes the share of the epochs done; a
-# method that does not follow the training ignores it.
+# `run` returns more than logits: `extra_logits` has the logits of heads that are used only in training (here the assisted head on the class
+# token, eq. 8 of the paper). `method.losses` gives the method's own losses. `set_progress` takes the share of the epochs done; a
+# method that does not change during training ignores it.
 
 # %%
 model = new_model()
@@ -57,18 +57,18 @@ for epoch in range(epochs):
         loss.backward()
         optimizer.step()
     print(f"epoch {epoch}: {model.method.mode} mode, loss {loss.item():.2f}")
-model.method.set_progress(1.0)  # from now on as it will be used
+model.method.set_progress(1.0)  # the training is done
 assert model.method.mode == "stage"
 
 # %% [markdown]
-# After training call it as ever, in evaluation mode: `model.eval()(images)`.
+# After training call it as usual, in evaluation mode: `model.eval()(images)`.
 #
 # ## With a teacher, and for many processes: `Objective`
 #
-# `Objective` puts model, teacher and losses into one module: images and labels go in, named terms of the loss come out. It is
-# what `evovit train` runs and what DistributedDataParallel should wrap, so that every parameter is used inside its forward.
+# `Objective` puts model, teacher and losses into one module: images and labels go in, named loss terms come out. `evovit train`
+# uses it, and it is what DistributedDataParallel should wrap, so that every parameter is used inside its forward.
 #
-# The teacher is a plain module that gives logits; here a small convolutional network stands for yours.
+# The teacher is a plain module that returns logits; here a small convolutional network takes its place.
 
 # %%
 from evovit.recipe.tables import ObjectiveTable
@@ -92,8 +92,8 @@ terms = new_objective()(*batches[0])
 print({name: round(term.item(), 2) for name, term in terms.items()})
 
 # %% [markdown]
-# With distillation the class head learns the labels and the assisted head the teacher, as in DeiT. Methods that compare
-# tokens with a dense teacher (`sit`, `idle_vit`, `dynamic_vit`) get it the same way; that teacher has to be a ViT of the same
+# With distillation the class head learns the labels and the assisted head learns from the teacher, as in DeiT. Methods that compare
+# tokens with a dense teacher (`sit`, `idle_vit`, `dynamic_vit`) get their teacher the same way; it has to be a ViT of the same
 # shape. [All options of the objective](../reference/recipe_options.md#objective).
 #
 # ## Accelerate
@@ -120,8 +120,8 @@ print(f"loss {loss.item():.2f}")
 # %% [markdown]
 # ## Lightning
 #
-# The objective is a part of the LightningModule (tried with Lightning 2.6). This page is built without it, so the last cell calls
-# the hooks as Lightning does; with it, `lightning.Trainer(max_epochs=2).fit(Classifier(), loader)` takes its place.
+# The objective becomes part of the LightningModule (tried with Lightning 2.6). This page is built without Lightning, so the last cell calls
+# the hooks as Lightning does; with Lightning, use `lightning.Trainer(max_epochs=2).fit(Classifier(), loader)` instead.
 
 # %%
 try:
@@ -165,8 +165,8 @@ print(f"loss {loss.item():.2f}")
 # %% [markdown]
 # ## transformers' Trainer
 #
-# A reduced model of transformers gives a loss itself where it is given labels, and goes into `Trainer` as it is
-# ([how](../transformers.md#in-the-hosts-place)). With the method's own losses or a teacher, let a module return the objective's:
+# A reduced transformers model returns a loss if it is given labels, and goes into `Trainer` as it is
+# ([how](../transformers.md#in-the-hosts-place)). To add the method's own losses or a teacher, wrap the objective in a module that returns its loss:
 
 # %%
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -213,9 +213,9 @@ trained = trainer.model.objective.model
 assert trained.method.mode == "stage"
 
 # %% [markdown]
-# ## Keep what was trained
+# ## Save the trained model
 #
-# `save_reduced` leaves teacher and optimiser out. `host` says how to build a timm model that was made with options of its own.
+# `save_reduced` does not save teacher and optimiser. `host` and `host_options` say how to build a timm model that was made with options.
 
 # %%
 evovit.save_reduced(trained, "trained", host="small_vit", host_options={"depth": 4})

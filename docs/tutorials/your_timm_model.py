@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Your timm model
 #
-# You have a vision transformer from timm. This page makes it faster in one line, shows what the line did, and how to
-# keep, change or undo it. Nothing is trained.
+# You have a vision transformer from timm. This page makes it faster in one line, shows what the line does, and how to
+# save, change or undo it. Nothing is trained.
 
 # %%
 # %matplotlib inline
@@ -18,8 +18,8 @@ torch.manual_seed(0)
 model = timm.create_model("deit_tiny_patch16_224").eval()  # yours: add pretrained=True
 
 # %% [markdown]
-# This page is built without a network, so the weights are random. The two photographs come with scikit-learn; with your
-# own, `Image.open("photo.jpg")` takes their place.
+# This page is built without a network, so the weights are random. The two photographs come with scikit-learn; for your
+# own, use `Image.open("photo.jpg")` instead.
 
 # %%
 prepare = create_transform(**resolve_model_data_config(model))
@@ -32,8 +32,8 @@ images.shape
 # %% [markdown]
 # ## One line
 #
-# `tome` merges patches that look alike, 13 in each block. `reduce_tokens` first runs your model and its own view of it
-# on random images, and goes on only if both give the same. A model that it does not know is refused in a sentence.
+# `tome` merges similar patches, 13 in each block. `reduce_tokens` first checks on random images that evovit computes the
+# same as your model. A model that it does not support is refused with an error message.
 
 # %%
 fast = evovit.reduce_tokens(model, "tome", r=13)
@@ -46,7 +46,7 @@ print(
 )
 
 # %% [markdown]
-# `fast` is called like `model` and answers like it. Your model lies under `fast.model`, with its own keys and weights:
+# `fast` is called like `model` and returns the same kind of output. Your model is `fast.model`, with its own keys and weights:
 
 # %%
 assert fast.model is model
@@ -56,19 +56,19 @@ print("{:.2f} GMACs dense, {:.2f} reduced".format(*gmacs))
 # %% [markdown]
 # ## How much faster?
 #
-# Fewer multiply-accumulates are not yet time. `evovit bench` times the dense model and the reduced ones in turn, in the
+# Fewer multiply-accumulates do not always mean less time. `evovit bench` times the dense model and the reduced ones in turn, in the
 # same engine and precision. A speed-up within the noise is called "about 1".
 
 # %%
 # !evovit bench deit_tiny_patch16_224 --method tome:r=13 evit:keep_ratio=0.7 --batch 4 --engine eager --rounds 5 --threads 1
 
 # %% [markdown]
-# The *ceiling* is the ratio of the arithmetic; *conversion* is how much of it became time. This page is built on whatever
-# machine is at hand, so run it on yours.
+# The *ceiling* is the ratio of the multiply-accumulates; *conversion* is how much of it becomes speed-up. This page is built on
+# any machine, so measure on yours.
 #
 # ## See it
 #
-# What takes part in each block, as masks:
+# The patches that take part in each block, as masks:
 
 # %%
 evo = evovit.reduce_tokens(model, "evo_vit", keep_ratio=0.5)
@@ -94,8 +94,8 @@ draw_side_by_side(
 # %% [markdown]
 # ## Change it
 #
-# Any [method](../methods/index.md) takes your model as `tome` did. Options are checked when you give them; a wrong one is
-# a sentence that says what is allowed:
+# Every [method](../methods/index.md) is used like `tome`. Options are checked when you give them; for a wrong value the
+# error message says what is allowed:
 
 # %%
 try:
@@ -104,7 +104,7 @@ except evovit.EvoViTError as error:
     print(error)
 
 # %% [markdown]
-# The speed of a reduced model may be changed while it serves: `budget` is the keep ratio in force.
+# You can change the speed of a reduced model at run time: `budget` is its current keep ratio.
 
 # %%
 for budget in (1.0, 0.7, 0.3):
@@ -113,9 +113,9 @@ for budget in (1.0, 0.7, 0.3):
 
 # %% [markdown]
 # With your photographs, the command `evovit tune MODEL --target 1.5x --images FOLDER` finds the schedule with the least
-# damage at the speed you name ([how](../tune.md)).
+# damage at the speed-up you name ([how](../tune.md)).
 #
-# ## Keep it, undo it
+# ## Save it, undo it
 
 # %%
 evovit.save_reduced(fast, "fast")

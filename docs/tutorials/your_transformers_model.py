@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Your transformers model
 #
-# A classifier of Hugging Face transformers stays what it is: same arguments, same output class, same pipeline. Its blocks
-# run as the method says. The page needs `pip install "evovit[hf]"`.
+# A reduced classifier of Hugging Face transformers is used as before: same arguments, same output class, same pipeline. Only its blocks
+# run differently. This page needs `pip install "evovit[hf]"`.
 
 # %%
 import torch
@@ -27,7 +27,7 @@ model = ViTForImageClassification(config).eval()
 
 # %% [markdown]
 # Yours is `ViTForImageClassification.from_pretrained("google/vit-base-patch16-224")`; here nothing is downloaded.
-# ViT, DeiT, DINOv2, DINOv3, BEiT, CLIP, SigLIP and their kin work alike: [which classes](../transformers.md#hosts).
+# ViT, DeiT, DINOv2, DINOv3, BEiT, CLIP, SigLIP and related models work the same way: [which classes](../transformers.md#hosts).
 
 # %%
 fast = evovit.reduce_tokens(model, "evit", keep_ratio=0.7)
@@ -54,7 +54,7 @@ classify(photograph)
 # %% [markdown]
 # ## Without a class token
 #
-# SigLIP has none. `tome` needs none; a method that selects takes another score, and says so when it is missing:
+# SigLIP has no class token. `tome` needs none; a method that selects by class attention needs another score, and the error message says so:
 
 # %%
 from transformers import SiglipVisionConfig, SiglipVisionModel
@@ -82,9 +82,9 @@ with torch.inference_mode():
 # %% [markdown]
 # [What each score reads](../transformers.md#without-a-class-token).
 #
-# ## The eye of a vision-language model
+# ## The vision tower of a larger model
 #
-# `reduce_tower` reduces the vision model inside a larger one, in its place. Here a CLIP, made small:
+# `reduce_tower` reduces the vision model inside a larger one, for example of a vision-language model. Here it is a small CLIP:
 
 # %%
 from transformers import CLIPConfig, CLIPModel
@@ -111,11 +111,11 @@ print("reduced:", reduced_answer.tolist(), "dense:", dense_answer.tolist())
 assert not torch.equal(reduced_answer, dense_answer)
 
 # %% [markdown]
-# LLaVA, PaliGemma and the Qwen-VL family: [towers in larger models](../transformers.md).
+# LLaVA, PaliGemma and the Qwen-VL family: [vision towers](../transformers.md#vision-towers).
 #
-# ## Keep it
+# ## Save it
 #
-# The folder holds weights and what was done to them; `load_reduced` builds the transformers model again.
+# The folder contains the weights, the host's config and the method; `load_reduced` builds the transformers model again.
 
 # %%
 evovit.save_reduced(fast, "fast")
@@ -127,5 +127,5 @@ print(type(again.model).__name__)
 # %% [markdown]
 # ## Next
 #
-# Train it with [Trainer or Accelerate](your_own_loop.md), with PEFT's LoRA
+# Train it with [Trainer or Accelerate](your_own_loop.md) or with PEFT's LoRA
 # ([how](../transformers.md#in-the-hosts-place)), or [export it](export_and_serve.md).
