@@ -30,7 +30,7 @@ def analyse(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     out: Path = Path("runs/analysis"),
 ) -> None:
-    """Show what a model attends to and keeps: figures 2, 4 and 5 of the Evo-ViT paper, of your own model.
+    """Show what a model attends to and keeps: figures 2, 4 and 5 of the Evo-ViT paper, for your own model.
 
     $ evovit analyse runs/evo/seed0 digits
     $ evovit analyse deit_tiny_patch16_224 photos --pretrained
@@ -39,16 +39,17 @@ def analyse(
     Args:
         model: a timm name, the folder of a run of evovit train, one written by save_reduced, or hf:NAME, a
             shared model or one of transformers.
-        images: a folder of photographs, in class folders or not; digits (built-in scenes) or samples (two
-            photographs that come with scikit-learn).
-        method: NAME or NAME:option=value,option=value, of a timm name or a dense run; default: none.
-        weights: of a timm name: a .pth or .safetensors file; of a run: last (default), best or ema.
-        pretrained: of a timm name: the published weights, which are downloaded.
-        blocks: whose attention is drawn, from 0; default: four, evenly spread.
-        count: images for the numbers; the paper has 512.
-        pictures: images drawn.
-        checkpoints: of a run, shown side by side; run.keep_every in its recipe keeps more than the last two.
-        device: where to compute; auto takes CUDA if there is any.
+        images: a folder of photographs, with or without class folders; digits (built-in scenes) or samples
+            (two photographs that come with scikit-learn).
+        method: NAME or NAME:option=value,option=value, for a timm name or a dense run; default: none.
+        weights: for a timm name: a .pth or .safetensors file; for a run: last (default), best or ema.
+        pretrained: for a timm name: download the published weights.
+        blocks: blocks whose attention is drawn, from 0; default: four, evenly spread.
+        count: number of images for the numbers; the paper has 512.
+        pictures: number of images drawn.
+        checkpoints: of a run, how many at most are shown side by side; run.keep_every in its recipe keeps
+            more than the last two.
+        device: where to compute; auto uses CUDA if available.
         out: folder for analysis.html, analysis.json and the pictures.
     """
     import torch

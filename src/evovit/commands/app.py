@@ -16,9 +16,9 @@ def app(
     open_browser: bool = False,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
-    """Open a web page on this machine: drop a photograph, choose model, method and keep ratio, see and time.
+    """Serve a web page: drop a photograph, choose model, method and keep ratio, see kept patches and time.
 
-    Nothing is uploaded anywhere: the page is for this machine alone, and fetches nothing from elsewhere.
+    Nothing is uploaded anywhere: the page is served to this machine only and loads nothing from elsewhere.
 
     $ evovit app
     $ evovit app deit_small_patch16_224 --pretrained
@@ -28,11 +28,11 @@ def app(
         model: shown at the start: a timm name, hf: and a name of transformers, the folder of a run of evovit
             train, or one written by save_reduced. Default: the run of evovit quickstart, if there is one,
             else a timm model with random weights.
-        pretrained: of a timm name: the published weights, which are downloaded.
+        pretrained: for a timm name: download the published weights.
         host: address to listen on; 0.0.0.0 lets other machines in.
         port: default: the first free one from 7860.
         open_browser: open the page in a browser.
-        device: where to compute; auto takes CUDA if there is any.
+        device: where to compute; auto uses CUDA if available.
     """
     import signal
     from contextlib import suppress

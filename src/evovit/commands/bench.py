@@ -29,7 +29,7 @@ def bench(
     parts: bool = False,
     trace: Path | None = None,
 ) -> None:
-    """Time a model and reduced versions of it: the dense one is always measured beside them, in turn.
+    """Time a model and reduced versions of it; dense and reduced models are always timed in turn.
 
     $ evovit bench deit_small_patch16_224 --keep-ratio 0.3 0.5 0.7
     $ evovit bench deit_small_patch16_224 --method evo_vit "evit:blocks=[3,6,9],keep_ratio=0.7"
@@ -39,24 +39,26 @@ def bench(
     Args:
         models: timm names; random weights unless --pretrained.
         method: methods, each NAME or NAME:option=value,option=value; "all" is every method. evovit methods
-            NAME lists the options of one. dense:last_block=prefix is the host without what its head does
-            not read; last_block=all computes that in a reduced model too.
+            NAME lists the options of one. dense:last_block=prefix is the host without computing what its
+            head does not read; with last_block=all a reduced model computes that too.
         options: option=value for every method given.
-        keep_ratio: short for the option keep_ratio; several give a row each.
-        budgets: the share of patch tokens kept, for each method a row each, whatever its options are called.
+        keep_ratio: short for the option keep_ratio; several values give a row each.
+        budgets: shares of patch tokens kept, one row each; works for every method, whatever its option for
+            it is called.
         engine: eager, compiled, graphs (a CUDA graph of the compiled step), frozen (packed weights), aoti,
             onnxruntime, openvino; default: eager, compiled and, on CUDA, graphs.
         precision: fp32, tf32 (CUDA), bf16, fp16, int8 (onnxruntime, openvino).
         batch: images per step; "max" is the largest power of two that fits on the GPU.
         train: time forward and backward, without optimiser, instead of inference.
-        device: cuda or cpu; default: cuda if there is one.
+        device: cuda or cpu; default: cuda if available.
         threads: CPU threads; default: as PyTorch chooses.
-        rounds: times each is measured.
+        rounds: how often each model is timed.
         size: image side in pixels; default: the model's own.
         pretrained: load the published weights.
         out: folder that gets rows.jsonl (appended) and report.html.
         parts: also print where the time goes.
-        trace: file for a Chrome trace with one step of each, for ui.perfetto.dev; needs one comparison.
+        trace: file for a Chrome trace with one step of each model, for ui.perfetto.dev; only for a single
+            model, precision, batch and engine.
     """
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # before PyTorch's import adds to it
     import sys

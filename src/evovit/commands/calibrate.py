@@ -26,27 +26,27 @@ def calibrate(
     weights: str = "",
     device: str = "auto",
 ) -> None:
-    """Find which patches of every image a model can do without, block by block, and save it so.
+    """Find patches that a model does not need in any image, block by block, and save the slimmed model.
 
-    No label is read. evovit.load_reduced(OUT) opens the result; evovit export takes it too.
+    No label is read. evovit.load_reduced(OUT) loads the result; evovit export takes it too.
 
     $ evovit calibrate deit_small_patch16_224 --pretrained --images photos --out slimmed
     $ evovit calibrate runs/dense/seed0 --images photos --tolerance 0.02 --out slimmed
 
     Args:
         model: a timm name, or the folder of a dense run of evovit train.
-        images: folder of photographs, in folders of their own or not. Without it the images are random, and
-            the masks tell nothing about photographs.
+        images: folder of photographs, with or without sub-folders. Without it the images are random, and the
+            masks do not suit photographs.
         out: folder to write.
-        tolerance: largest error that a block's masks may make in the output of the next (paper: 0.01, 0.02).
-        error: relative (squared difference over squared value) or squared (its mean).
-        step: patches tried together.
-        count: photographs read at most, evenly spread.
+        tolerance: largest error that a block's mask may cause in the next block's output (paper: 0.01, 0.02).
+        error: relative (squared difference over squared value) or squared (mean squared difference).
+        step: number of patches tried together.
+        count: largest number of photographs read, evenly spread.
         epochs: passes that train a block's own weights for each number of patches tried; 0: no training.
-        rate: learning rate of that.
+        rate: learning rate of this training.
         batch: images at once.
-        pretrained: of a timm name: the published weights, which are downloaded.
-        weights: of a timm name: a .pth or .safetensors file; of a run: last (default), best or ema.
+        pretrained: for a timm name: download the published weights.
+        weights: for a timm name: a .pth or .safetensors file; for a run: last (default), best or ema.
         device: auto, cpu or cuda.
     """
     import torch

@@ -21,23 +21,23 @@ def compare(
     batch: int = 64,
     rounds: int = 40,
 ) -> None:
-    """Train recipes under equal budgets and report accuracy against GMACs and measured speed.
+    """Train recipes under equal conditions and report accuracy, GMACs and measured speed.
 
-    Given again, it goes on where it stopped. One of the recipes is the dense model's.
+    The same command again continues where it stopped. One of the recipes must be the dense model's.
 
     $ evovit compare digits/compare --dense "runs/dense/seed{seed}" --seeds 0 1 2
 
     Args:
-        recipes: TOML files or folders of them, also of those that come with evovit; their [data] and [run]
-            are equal.
-        dense: folder of a finished run of the dense model, where all start from and which teaches the
-            methods that learn from a teacher; {seed} in it stands for the seed. Empty: as the recipes say.
-        set: table.key=value, over what every recipe says.
-        seeds: each recipe is trained once for each.
+        recipes: TOML files or folders of them, yours or those that come with evovit; their [data] and [run]
+            must be equal.
+        dense: folder of a finished run of the dense model; every recipe starts from its weights, and it is
+            the teacher of methods that need one; {seed} in it stands for the seed. Empty: as the recipes say.
+        set: table.key=value, overrides every recipe.
+        seeds: each recipe is trained once for each seed.
         out: folder of the runs (OUT/RECIPE/seed<n>) and of compare.md, .csv and .html.
-        engine: eager or compiled, for the speed.
+        engine: eager or compiled, for the speed measurement.
         batch: images per step of the speed measurement.
-        rounds: times each model is timed; all take turns.
+        rounds: how often each model is timed; all take turns.
     """
     from rich.console import Console
 

@@ -27,17 +27,17 @@ def eval(
     $ evovit eval deit_small_patch16_224 --weights deit_small.pth --images imagenet/val --method tome:r=13
     $ evovit eval tuned/deit_small_patch16_224 --images imagenet/val
 
-    Under torchrun the test images are shared out.
+    Under torchrun the test images are divided among the processes.
 
     Args:
         model: folder of a run of `evovit train`, one written by save_reduced, a timm name, or hf:NAME.
-        weights: of a run: last (default), best or ema, its moving average; of a timm model: a .pth or
+        weights: for a run: last (default), best or ema, its moving average; for a timm name: a .pth or
             .safetensors file.
-        pretrained: of a timm model: the published weights, which are downloaded.
+        pretrained: for a timm name: download the published weights.
         images: folder with a sub-folder of images for each class; default: the test images of the run.
-        method: NAME or NAME:option=value,option=value; each is tested on the same weights, dense beside it.
+        method: NAME or NAME:option=value,option=value; each is tested on the same weights, as is dense.
         budgets: keep ratios; each reduced model is tested at each. Default: those a run was trained for.
-        set: table.key=value, over what the recipe of the run says: another keep ratio, another precision.
+        set: table.key=value, overrides the recipe of the run: another keep ratio, another precision.
         device: auto, cpu or cuda; default: as the recipe of the run says, or auto.
         workers: processes that read images; default: as the recipe of the run says, or 4.
     """

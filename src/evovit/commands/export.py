@@ -21,7 +21,7 @@ def export(
     weights: str = "",
     out: Path | None = None,
 ) -> None:
-    """Write a model for other engines; each file is compared with PyTorch before it is kept.
+    """Export a model for other engines; each file is compared with PyTorch before it is kept.
 
     $ evovit export deit_small_patch16_224 --method evo_vit --keep-ratio 0.5 --to onnx openvino pt2
     $ evovit export runs/evo/seed0 --to openvino --precision int8 --batch 1 --calibration photos
@@ -32,14 +32,15 @@ def export(
     Args:
         model: a timm name, the folder of a run of evovit train, one written by save_reduced, or hf:NAME, a
             shared model or one of transformers.
-        method: NAME or NAME:option=value,option=value, of a timm name or a dense run; default: none.
+        method: NAME or NAME:option=value,option=value, for a timm name or a dense run; default: none.
         keep_ratio: short for the method's option keep_ratio.
         to: onnx, openvino, pt2 (torch.export), aoti (compiled by AOTInductor).
-        precision: fp32, fp16, int8 (onnx and openvino); a second one gets a folder of its own.
-        batch: images of a call, or "dynamic" for any number. OpenVINO is faster with a number.
-        calibration: folder of photographs from which int8 reads ranges; the proof uses some of them too.
-        pretrained: of a timm name: the published weights, which are downloaded.
-        weights: of a timm name: a .pth or .safetensors file; of a run: last (default), best or ema.
+        precision: fp32, fp16, int8 (onnx and openvino); with several, each gets its own folder.
+        batch: images per call, or "dynamic" for any number. OpenVINO is faster with a number.
+        calibration: folder of photographs from which int8 takes the ranges of activations; the comparison
+            with PyTorch uses some of them too.
+        pretrained: for a timm name: download the published weights.
+        weights: for a timm name: a .pth or .safetensors file; for a run: last (default), best or ema.
         out: folder; default: exports/MODEL.
     """
     from evovit.data.photographs import read_photographs

@@ -18,7 +18,7 @@ def methods(
 
     Args:
         name: of one method.
-        host: a model: say of each method whether it runs on it with its default options, or why not.
+        host: a model; for each method, say whether it runs on this model by default, or why not.
     """
     from evovit.methods import find_method, list_methods
     from evovit.report.tables import option_lines

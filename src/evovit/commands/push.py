@@ -21,18 +21,18 @@ def push(
 ) -> None:
     """Put a reduced model on the Hugging Face Hub, with a model card of what it is and what was measured.
 
-    Anyone loads it by evovit.load_reduced("hf:USER/NAME"). Log in before with: hf auth login.
+    Anyone can load it with evovit.load_reduced("hf:USER/NAME"). Log in first with: hf auth login.
 
     $ evovit push tuned/deit_small_patch16_224 user/deit-small-fast --private
     $ evovit push runs/evo/seed0 user/flowers --measured runs/bench
 
     Args:
         folder: a run of evovit train, or a folder written by save_reduced, tune or calibrate.
-        name: of the repository, which is created where it is not there.
-        private: nobody else may see a new repository.
-        revision: branch to write to, made where it is not there.
-        message: of the commit.
-        create_pr: propose it as a pull request instead.
+        name: name of the repository; it is created if it does not exist.
+        private: make a new repository private.
+        revision: branch to write to; it is created if it does not exist.
+        message: commit message.
+        create_pr: open a pull request instead of committing.
         measured: folder of evovit bench; the card gets its rows of this model.
         base_model: the Hub's name of the model it was made from, for the card.
     """

@@ -19,20 +19,20 @@ def quickstart(
     """Train a small ViT and the same ViT as Evo-ViT from scratch on built-in data, and compare them.
 
     Both start from the same weights and see the same scenes in the same order: real handwritten digits among
-    fragments of others. Given again after an interruption, it goes on where it stopped.
+    fragments of others. After an interruption, the same command continues where it stopped.
 
     $ evovit quickstart
     $ evovit quickstart --keep-ratio 0.3 --seed 1 --out runs/quick03
 
     Args:
         out: folder for results.json, report.html, the pictures and the two runs.
-        seed: first weights and training scenes follow from it; the test scenes are always the same.
+        seed: of the initial weights and the training scenes; the test scenes are always the same.
         keep_ratio: share of the patch tokens that Evo-ViT updates, above 0 and at most 1.
-        epochs: rounds of training of each model.
+        epochs: epochs of training of each model.
         scenes_per_epoch: training scenes in an epoch, each drawn anew.
         test_scenes: scenes of held-out digits for the accuracy.
         speed_rounds: how often each model is timed; they take turns, and the median counts.
-        device: where to compute; auto takes CUDA if there is any.
+        device: where to compute; auto uses CUDA if available.
     """
     from rich.console import Console
 

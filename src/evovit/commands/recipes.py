@@ -14,7 +14,7 @@ def recipes(
     /,
     to: Path = Path(),
 ) -> None:
-    """List the recipes that come with evovit; show one, or copy it to change it.
+    """List the recipes that come with evovit; show one, or copy it to change the copy.
 
     $ evovit recipes
     $ evovit recipes show digits/dense

@@ -13,7 +13,7 @@ def report(
     /,
     out: Path = Path("runs/report"),
 ) -> None:
-    """Lay runs of `evovit train` side by side: a row per recipe, mean and spread over its seeds.
+    """Compare runs of `evovit train`: a row per recipe, with mean and spread over its seeds.
 
     $ evovit report runs/dense runs/table3_5_stage
 

@@ -23,31 +23,31 @@ def show(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     out: Path = Path("runs/show"),
 ) -> None:
-    """Show what a reduced model keeps of your photographs, and what it answers beside the dense one.
+    """Show what a reduced model keeps of your photographs, and what it and the dense model predict.
 
-    Writes one page with the photograph, what each block keeps or merges, both answers, the work and the
-    measured time; and a picture of each.
+    Writes one page with the photograph, what each block keeps or merges, both predictions, the GMACs and the
+    measured time; and a picture for each photograph and method.
 
     $ evovit show photo.jpg
     $ evovit show photo.jpg --model deit_small_patch16_224 --pretrained --method evo_vit evit tome:r=13
     $ evovit show digits --model runs/quickstart/evo_vit
 
     Args:
-        images: image files of any kind that Pillow reads, folders of such, samples (two photographs that come
-            with scikit-learn) or digits (built-in scenes).
+        images: image files of any kind that Pillow reads, folders of them, samples (two photographs that
+            come with scikit-learn) or digits (built-in scenes).
         model: a timm name, hf: and a name of transformers, the folder of a run of evovit train, or one
             written by save_reduced. Default: deit_small_patch16_224 with the published weights; for digits
             the run of evovit quickstart.
-        method: methods laid side by side, each NAME or NAME:option=value,option=value. Default: the model's
+        method: methods shown side by side, each NAME or NAME:option=value,option=value. Default: the model's
             own, else evo_vit.
-        keep_ratio: short for the option keep_ratio; several are laid side by side.
-        budgets: the share of patch tokens kept, for methods of any options; several are laid side by side.
-        weights: of a timm name: a .pth or .safetensors file; of a run: last (default), best or ema.
-        pretrained: of a timm name: the published weights, which are downloaded.
-        count: images of each folder, or digits, at most.
-        rounds: how often each model is timed, all in turn; 0: none is.
+        keep_ratio: short for the option keep_ratio; several are shown side by side.
+        budgets: the share of patch tokens kept, for any method; several are shown side by side.
+        weights: for a timm name: a .pth or .safetensors file; for a run: last (default), best or ema.
+        pretrained: for a timm name: download the published weights.
+        count: largest number of images from each folder, or of digits.
+        rounds: how often each model is timed, all in turn; 0: no timing.
         gif: also write the blocks one after another as a GIF.
-        device: where to compute; auto takes CUDA if there is any.
+        device: where to compute; auto uses CUDA if available.
         out: folder for show.html and the pictures.
     """
     from evovit.bench.setting import parse_variants

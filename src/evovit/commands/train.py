@@ -15,7 +15,7 @@ def train(
     out: Path | None = None,
     seeds: tuple[int, ...] = (),
 ) -> None:
-    """Train a recipe; given again, go on where it stopped. Under torchrun all processes train one model.
+    """Train a recipe; the same command again resumes it. Under torchrun all processes train one model.
 
     $ evovit train digits/dense
     $ evovit train my.toml --set method.keep_ratio=0.7 --set run.epochs=30 --out runs/mine
@@ -25,9 +25,9 @@ def train(
 
     Args:
         recipe: a TOML file, or the name of a recipe that comes with evovit.
-        set: table.key=value, over what the recipe says; may be given again.
+        set: table.key=value, overrides the recipe; may be given several times.
         out: folder of the run; default: runs/RECIPE/seed<run.seed>.
-        seeds: train once for each, into OUT/seed<n>.
+        seeds: train once for each seed, into OUT/seed<n>.
     """
     from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""`evovit tune`: say how fast; the schedule with the least damage is searched and measured."""
+"""`evovit tune`: searches and measures the schedule that reaches a speed-up with the least damage."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ def tune(
     pretrained: bool = False,
     out: Path | None = None,
 ) -> None:
-    """Find the schedule that makes a model as fast as wished with the least damage; nothing is trained.
+    """Find the schedule that reaches a speed-up with the least damage to the outputs; nothing is trained.
 
     $ evovit tune deit_small_patch16_224 --pretrained --target 1.5x --images photos
     $ evovit tune runs/dense/seed0 --target 1.4x --batch 8 --engine compiled
     $ evovit tune deit_small_patch16_224 --latency-ms 40 --engine openvino
 
-    Given again with the same --out, it goes on where it stopped and uses the tables it has.
+    The same command with the same --out continues where it stopped and uses the tables it has.
 
     Args:
         model: a timm name, or the folder of a dense run of evovit train.
         target: speed-up over the dense model on the same engine, such as 1.5x.
-        latency_ms: milliseconds of a batch, instead of --target.
+        latency_ms: milliseconds per batch, instead of --target.
         images: folder of photographs without labels; default: the test images of a run, else random ones.
-        samples: images at most on which damage is measured.
+        samples: largest number of images on which damage is measured.
         methods: each NAME or NAME:option=value; default: evo_vit, evit, tome and evenly spaced tokens.
         engine: eager, compiled, frozen, graphs, aoti, onnxruntime or openvino.
         precision: fp32, bf16, fp16, tf32 or int8, as evovit bench has them.
-        batch: images of a call.
+        batch: images per call.
         device: cpu or cuda.
         threads: CPU threads; default: as PyTorch chooses.
-        rounds: times each finalist is timed.
-        weights: of a timm name: a .pth or .safetensors file; of a run: last (default), best or ema.
-        pretrained: of a timm name: the published weights, which are downloaded.
-        out: folder that gets the model (evovit.load_reduced reads it), finetune.toml, report.html,
+        rounds: how often each finalist is timed.
+        weights: for a timm name: a .pth or .safetensors file; for a run: last (default), best or ema.
+        pretrained: for a timm name: download the published weights.
+        out: folder for the model (evovit.load_reduced loads it), finetune.toml, report.html,
             tuned.json (evovit app shows it) and tables.json; default: tuned/MODEL.
     """
     import sys

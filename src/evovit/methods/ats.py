@@ -62,7 +62,7 @@ class ATS(Method):
         keep_ratio: Ratio | tuple[Ratio, ...] = option(
             0.7, "most that may go on, r: r, r^2, ... of all patches; a list has one per sampling block"
         )
-        blocks: tuple[Number, ...] = option((3, 6, 9), "that sample, counted from 0")
+        blocks: tuple[Number, ...] = option((3, 6, 9), "blocks that sample, counted from 0")
         shorten: Shorten = option(
             "alone", "whose length the released code cuts: each image's by itself, none, or the whole batch's"
         )

@@ -54,7 +54,7 @@ class Cropr(Method):
         r: Number | tuple[Number, ...] = option(
             8, "tokens dropped after each block, one more after the first; a list is taken as it is"
         )
-        llf: bool = option(True, "last-layer fusion: who was dropped comes back before the last block")
+        llf: bool = option(True, "last-layer fusion: dropped tokens come back before the last block")
         num_queries: Annotated[int, Ge(1), Le(4096)] = option(
             1, "of a router; more than one has no auxiliary head"
         )

@@ -80,9 +80,9 @@ class DynamicViT(Method):
         keep_ratio: Ratio | tuple[Ratio, ...] = option(
             0.7, "r: r, r^2, ... of all patches; a list has one per reducing block"
         )
-        blocks: tuple[Number, ...] = option((3, 6, 9), "that start with a decision, counted from 0")
-        rest: Rest = option("drop", "squeeze: who goes joins the most similar token that stays")
-        temperature: Temperature = option(1.0, "of the cosines that weigh who is squeezed")
+        blocks: tuple[Number, ...] = option((3, 6, 9), "blocks that start with a decision, counted from 0")
+        rest: Rest = option("drop", "squeeze: a dropped token joins the most similar kept one")
+        temperature: Temperature = option(1.0, "of the cosines that weigh squeezed tokens")
         ratio_weight: Weight = option(2.0, "of the squared difference between kept share and ratio")
         ratio_of: RatioOf = option("image", "whose kept share that is")
         logit_weight: Weight = option(0.5, "of KL(teacher || student)")

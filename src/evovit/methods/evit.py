@@ -48,9 +48,9 @@ class EViT(Method):
         keep_ratio: Ratio | tuple[Ratio, ...] = option(
             0.7, "of the patch tokens present; a list has one per reducing block"
         )
-        blocks: tuple[Number, ...] = option((3, 6, 9), "that reduce, counted from 0")
+        blocks: tuple[Number, ...] = option((3, 6, 9), "blocks that reduce, counted from 0")
         rest: Rest = option("fuse", "the inattentive: fused into one, dropped, or joined to the most similar")
-        temperature: Temperature = option(1.0, "of the cosines that weigh who is squeezed")
+        temperature: Temperature = option(1.0, "of the cosines that weigh squeezed tokens")
         counts: Counts = option("current", "ceil(ratio * present); initial: int(ratio product * all)")
         keep: tuple[Count, ...] | None = option(
             None, "patch tokens left per reducing block, instead of ratios"

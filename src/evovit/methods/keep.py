@@ -50,8 +50,8 @@ class Keep(Method):
         selection: Selection = option(
             "class", "top attention of the class token; what hosts without one have; or plain"
         )
-        rest: Rest = option("drop", "squeeze: who goes joins the most similar token that stays")
-        temperature: Temperature = option(1.0, "of the cosines that weigh who is squeezed")
+        rest: Rest = option("drop", "squeeze: a dropped token joins the most similar kept one")
+        temperature: Temperature = option(1.0, "of the cosines that weigh squeezed tokens")
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)

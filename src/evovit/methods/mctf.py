@@ -58,7 +58,7 @@ class MCTF(Merging):
         r: Number | Fraction = option(
             0.35, "patch tokens each of blocks removes, or their share; at most half, and 10 tokens stay"
         )
-        blocks: tuple[Number, ...] = option((3, 6, 9), "that fuse, counted from 0")
+        blocks: tuple[Number, ...] = option((3, 6, 9), "blocks that fuse, counted from 0")
         ahead: Ahead = option(
             "aggregate", "fused tokens attend by the old map, or recompute it; off: fuse after the FFN"
         )

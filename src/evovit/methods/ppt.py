@@ -38,7 +38,7 @@ class PPT(CountedMerging):
     class Config(CountedMerging.Config):
         """Options of PPT; the defaults are those of the released code off the shelf."""
 
-        blocks: tuple[Number, ...] = option((3, 6, 9), "that reduce, counted from 0")
+        blocks: tuple[Number, ...] = option((3, 6, 9), "blocks that reduce, counted from 0")
         r: Number | tuple[Number, ...] = option(
             50, "tokens removed by each of `blocks`; a list has one each, in their order"
         )
