@@ -48,7 +48,7 @@ class Sampled(NamedTuple):
 
 @register("ats")
 class ATS(Method):
-    """Adaptive token sampling: an image with little to see goes on with few tokens; the rest stays behind."""
+    """Adaptive token sampling: each image keeps as many tokens as it needs, up to a maximum."""
 
     keeps_grid = True
     needs_class_token = False  # `selection` decides

@@ -39,7 +39,7 @@ class Soft(NamedTuple):
 
 @register("dtem")
 class DTEM(ToMe):
-    """ToMe with a learnt metric: which tokens are alike is learnt, beside a host that may stay frozen."""
+    """ToMe with a learnt similarity of tokens; the host itself may stay frozen."""
 
     relaxes_in_training = True
     example: ClassVar = {"r": 3}

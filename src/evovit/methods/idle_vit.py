@@ -43,7 +43,7 @@ class Idle(NamedTuple):
 
 @register("idle_vit")
 class IdleViT(Method):
-    """Token idling: a block updates the tokens its class logits pick; all others skip it, none is lost.
+    """Token idling: a block updates the tokens of highest class attention; others skip it, none is dropped.
 
     With a teacher, `losses` compares logits and features with the teacher's; this is beside the recipe's own
     `objective.distillation`, which the released training leaves off.

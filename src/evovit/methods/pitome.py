@@ -31,7 +31,7 @@ ROUND = {"down": math.floor, "up": math.ceil}
 
 @register("pitome")
 class PiToMe(Merging):
-    """Merging that protects informative tokens: energy tells redundant patch tokens from lonely ones."""
+    """Merging that protects informative tokens: redundant patch tokens are merged, isolated ones are kept."""
 
     keep_all: ClassVar = {"keep_ratio": 1.0}
     example: ClassVar = {"keep_ratio": 0.8}

@@ -74,7 +74,7 @@ class ReverseSlimming(nn.Module):
 
 @register("sit")
 class SiT(Method):
-    """Self-slimming: after a few blocks all patch tokens become fewer; none is selected, none is lost."""
+    """Self-slimming: after a few blocks all patch tokens are mixed into fewer; none is selected or dropped."""
 
     needs_class_token = False
     learns_from_teacher = True

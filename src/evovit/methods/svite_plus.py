@@ -27,7 +27,7 @@ from evovit.tokens import Tokens
 
 @register("svite_plus")
 class SViTEPlus(Method):
-    """Learnt selector at the input: one linear layer picks the patch tokens that the network sees at all."""
+    """Learnt selector at the input: one linear layer picks the patch tokens that enter the first block."""
 
     needs_class_token = False
     samples_in_training = True
