@@ -32,7 +32,7 @@ UNRATED = ("last_class", "random")  # selections that no block contributes to
 
 @register("evo_vit")
 class EvoViT(Method):
-    """Slow-fast token evolution: informative tokens get the full update, others a fast one; none is dropped."""
+    """Slow-fast token evolution: informative tokens get the full update, others a fast one; all stay."""
 
     keeps_grid = True
     needs_class_token = False  # `selection` decides

@@ -74,7 +74,7 @@ class ReverseSlimming(nn.Module):
 
 @register("sit")
 class SiT(Method):
-    """Self-slimming: after a few blocks all patch tokens are mixed into fewer; none is selected or dropped."""
+    """Self-slimming: after a few blocks all patch tokens are mixed into fewer; none is selected or lost."""
 
     needs_class_token = False
     learns_from_teacher = True
