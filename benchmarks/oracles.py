@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from on_object import boxes_of
 from torch import Tensor, nn
-from untrained import difference, spread
+from untrained import accuracy, difference
 
 from evovit.analyse.measures import as_reduced
 from evovit.analyse.watch import watch
@@ -102,11 +102,11 @@ def main() -> None:
             for name, values in (own | scores).items():
                 hits[block, share, name].append(right(given, images, labels, values))
 
-    print(f"dense: {spread(torch.stack(dense))} % of {len(labels)} images\n")
+    print(f"dense: {accuracy(dense)} % of {len(labels)} images\n")
     print("| block | kept | chosen by | top-1 % | against random |\n| --- | --- | --- | --- | --- |")
     for (block, share, name), found in hits.items():
-        told = difference(torch.stack(found), torch.stack(hits[block, share, "random"]))
-        print(f"| {block} | {share} | {name} | {spread(torch.stack(found))} | {told} |")
+        told = difference(found, hits[block, share, "random"])
+        print(f"| {block} | {share} | {name} | {accuracy(found)} | {told} |")
 
 
 @torch.inference_mode()

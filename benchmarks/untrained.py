@@ -12,29 +12,28 @@ in each call.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from evovit.macs import gmacs
 from evovit.model import backbone_of, reduce_tokens
 from evovit.options import read_named
+from evovit.report.tables import spread
 from evovit.runtime.world import join_world
-from evovit.train.evaluate import evaluate
+from evovit.train.evaluate import evaluate, paired_over_runs
 from evovit.train.tested import run_model
 
 
-def difference(ours: Tensor, theirs: Tensor) -> str:
-    """Return the paired difference in points with its standard error; (runs, images) bool each."""
-    won = (ours.float() - theirs.float()).mean(0) * 100
-    return f"{won.mean():+.2f} ± {won.std() / len(won) ** 0.5:.2f}"
+def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> str:
+    """Return the paired difference in points with its standard error."""
+    return "{:+.2f} ± {:.2f}".format(*paired_over_runs(ours, theirs))
 
 
-def spread(right: Tensor) -> str:
-    """Return top-1 in percent, mean ± standard deviation over runs; (runs, images) bool."""
-    top1 = right.float().mean(1) * 100
-    return f"{top1.mean():.2f}" + (f" ± {top1.std():.2f}" if len(top1) > 1 else "")
+def accuracy(right: Sequence[Tensor]) -> str:
+    """Return top-1 in percent, mean ± standard deviation over runs; (images,) bool each."""
+    return spread([100 * float(run.float().mean()) for run in right])
 
 
 def main() -> None:
@@ -55,15 +54,14 @@ def main() -> None:
                 model = reduce_tokens(tested.model, name, **options).eval()
                 work[text] = gmacs(model, backbone_of(model).image_shape)
                 right[text].append(evaluate(model, tested.images, tested.recipe, world).right)
-    hits = {text: torch.stack(runs) for text, runs in right.items()}
-    other = hits.get(given.against)
+    other = right.get(given.against)
     print(
         "| method | GMACs | top-1 % | against dense | "
         + (f"against {given.against} |" if given.against else "")
     )
     print("| --- | --- | --- | --- |" + (" --- |" if given.against else ""))
-    for text, found in hits.items():
-        cells = [text, f"{work[text]:.4f}", spread(found), difference(found, hits["dense"])]
+    for text, found in right.items():
+        cells = [text, f"{work[text]:.4f}", accuracy(found), difference(found, right["dense"])]
         if other is not None:
             cells.append(difference(found, other))
         print(f"| {' | '.join(cells)} |")
