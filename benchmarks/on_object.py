@@ -22,8 +22,8 @@ from evovit.data.readers import open_reader
 from evovit.model import ReducedViT, reduce_tokens
 from evovit.options import read_named
 from evovit.runtime.world import join_world
-from evovit.train.tested import Tested, run_model
-from evovit.visualize import kept_on_box, kept_patches, patches_on_box
+from evovit.train.tested import Tested, run_model, weights_by_epoch
+from evovit.visualize import OnBox, kept_on_box, kept_patches, patches_on_box
 
 
 def boxes_of(tested: Tested, path: Path, split: str) -> Tensor:
@@ -36,6 +36,34 @@ def boxes_of(tested: Tested, path: Path, split: str) -> Tensor:
     return corners
 
 
+def shares(model: ReducedViT, images: Tensor, corners: Tensor, side: int) -> dict[int, OnBox]:
+    """Return how the kept patches lie to the objects, by block, where a part of the patches is kept."""
+    kept = torch.cat([kept_patches(model, part) for part in images.split(200)])
+    on_box = patches_on_box(corners, (kept.shape[2], kept.shape[3]), (side, side))
+    return {block: share for block, share in enumerate(kept_on_box(kept, on_box)) if share.kept < 1}
+
+
+def draw(found: dict[str, dict[int, OnBox]], path: Path) -> None:
+    """Draw recall and precision by block, each over chance."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    recall, precision = figure.subplots(1, 2, sharex=True)
+    for text, by_block in found.items():
+        blocks = list(by_block)
+        recall.plot(
+            blocks, [share.covered / share.kept for share in by_block.values()], "o-", ms=3, label=text
+        )
+        precision.plot(blocks, [share.on_box for share in by_block.values()], "o-", ms=3)
+    chance = [share.box for by_block in found.values() for share in by_block.values()]
+    recall.axhline(1, color="grey", ls=":", lw=1)
+    precision.axhline(sum(chance) / len(chance), color="grey", ls=":", lw=1)
+    recall.set(xlabel="block", title="recall of the object's patches, times chance", ylim=(0, None))
+    precision.set(xlabel="block", title="share of kept patches on the object", ylim=(0, 1))
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", type=Path)
@@ -43,7 +71,11 @@ def main() -> None:
     parser.add_argument("--split", default="val")
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--method", nargs="*", default=())
+    parser.add_argument(
+        "--epochs", type=int, default=0, help="checkpoints of the run, evenly spread; 0: the last"
+    )
     parser.add_argument("--set", nargs="*", default=())
+    parser.add_argument("--plot", type=Path, help="PNG or SVG")
     given = parser.parse_args()
 
     tested = run_model(given.run, "last", None, given.set)
@@ -58,18 +90,22 @@ def main() -> None:
         images = torch.cat([batch for batch, _ in tested.images.test(world)])
     if len(images) != len(corners):
         raise SystemExit(f"{len(images)} images and {len(corners)} boxes")
+    found: dict[str, dict[int, OnBox]] = {}
+    for epoch, weights in weights_by_epoch(given.run, given.epochs) if given.epochs else [("", {})]:
+        if weights:
+            model.load_state_dict(weights)
+        for text, reduced in models.items():
+            found[f"{text} {epoch}".strip()] = shares(reduced, images, corners, given.side)
     print("| method | block | kept | recall | precision | by chance | recall over chance |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for text, reduced in models.items():
-        kept = torch.cat([kept_patches(reduced, part) for part in images.split(200)])
-        on_box = patches_on_box(corners, (kept.shape[2], kept.shape[3]), (given.side, given.side))
-        for block, share in enumerate(kept_on_box(kept, on_box)):
-            if share.kept < 1:
-                print(
-                    f"| {text} | {block} | {share.kept:.3f} | {share.covered:.3f} | {share.on_box:.3f} | "
-                    f"{share.box:.3f} | {share.covered / share.kept:.2f} |",
-                    flush=True,
-                )
+    for text, by_block in found.items():
+        for block, share in by_block.items():
+            print(
+                f"| {text} | {block} | {share.kept:.3f} | {share.covered:.3f} | {share.on_box:.3f} | "
+                f"{share.box:.3f} | {share.covered / share.kept:.2f} |"
+            )
+    if given.plot:
+        draw(found, given.plot)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Is there anything to select? Accuracy of a dense run with patches chosen by more than a method can know.
 
-    python benchmarks/oracles.py RUN --blocks 1 3 --keep-ratio 0.5 0.25 0.1 --boxes boxes.json
+    python benchmarks/oracles.py RUN ... --blocks 1 3 --keep-ratio 0.5 0.25 0.1 --boxes boxes.json
 
 Nothing is trained. In one block all but a share of the patches are dropped, chosen by
 
-- random: chance, which the others are paired with, image by image (McNemar);
+- random: chance, which the others are paired with, image by image, over all runs;
 - even: evenly spaced;
 - class: the class token's attention in that block, as EViT and Evo-ViT without history read it;
+- least: the lowest of these first, a control;
 - last: the class token's attention in the last block of the dense model, which no method has yet;
 - occlusion: how far the dense model's logit of its own answer falls with the patch painted in mean colour;
 - box, outside: patches whose centre lies in the object's box first, or last (--boxes, as in on_object.py).
@@ -15,28 +16,28 @@ Nothing is trained. In one block all but a share of the patches are dropped, cho
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
 import torch
 from on_object import boxes_of
 from torch import Tensor, nn
+from untrained import accuracy, difference
 
 from evovit.analyse.measures import as_reduced
 from evovit.analyse.watch import watch
 from evovit.backbones.base import Block
-from evovit.methods import register
 from evovit.methods.keep import Keep
-from evovit.model import reduce_tokens
+from evovit.model import ReducedViT, backbone_of, reduce_tokens
 from evovit.runtime.world import join_world
 from evovit.tokens import QKV, Tokens, logits_of
-from evovit.train.evaluate import paired
 from evovit.train.tested import run_model
 from evovit.visualize import patches_on_box
 
 PART = 100  # images a step
 
 
-@register("given")
 class Given(Keep):
     """Keeps the patches with the best of the scores that it is given, (B, cells)."""
 
@@ -64,7 +65,7 @@ def occlusion(model: nn.Module, images: Tensor, grid: tuple[int, int]) -> Tensor
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--boxes", type=Path)
     parser.add_argument("--split", default="val")
     parser.add_argument("--side", type=int, default=64)
@@ -73,48 +74,50 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=())
     asked = parser.parse_args()
 
-    tested = run_model(asked.run, "last", None, asked.set)
-    model = tested.model.eval()
-    with join_world("cpu") as world:
-        batches = list(tested.images.test(world))
-    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    seen = [list(watch(as_reduced(model), part)) for part in images.split(PART)]
-    grid = seen[0][0].grid
-    attention = [torch.cat([part[block].attention for part in seen]) for block in range(len(seen[0]))]
-    chance = torch.rand(attention[0].shape, generator=torch.Generator().manual_seed(0))
-    hidden = torch.cat([occlusion(model, part, grid) for part in images.split(PART)])
-    known = {"last": attention[-1], "occlusion": hidden}
-    if asked.boxes:
-        on_box = patches_on_box(boxes_of(tested, asked.boxes, asked.split), grid, (asked.side, asked.side))
-        known["box"] = on_box.flatten(1) + chance / 2
-        known["outside"] = ~on_box.flatten(1) + chance / 2
+    hits: dict[tuple[int, float, str], list[Tensor]] = defaultdict(list)
+    dense = []
+    for run in asked.runs:
+        tested = run_model(run, "last", None, asked.set)
+        model = tested.model.eval()
+        with join_world("cpu") as world:
+            batches = list(tested.images.test(world))
+        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        seen = [list(watch(as_reduced(model), part)) for part in images.split(PART)]
+        grid = seen[0][0].grid
+        attention = [torch.cat([part[block].attention for part in seen]) for block in range(len(seen[0]))]
+        chance = torch.rand(attention[0].shape, generator=torch.Generator().manual_seed(0))
+        scores = {"random": chance, "last": attention[-1]}
+        scores["occlusion"] = torch.cat([occlusion(model, part, grid) for part in images.split(PART)])
+        if asked.boxes:
+            corners = boxes_of(tested, asked.boxes, asked.split)
+            on_box = patches_on_box(corners, grid, (asked.side, asked.side)).flatten(1)
+            scores |= {"box": on_box + chance / 2, "outside": ~on_box + chance / 2}
+        dense.append(right(model, images, labels))
+        for block, share in product(asked.blocks, asked.keep_ratio):
+            chosen = Given.Config(keep_ratio=share, blocks=(block,))
+            given = ReducedViT(model, Given(chosen, backbone_of(model).spec))
+            even = reduce_tokens(model, "keep", selection="even", blocks=(block,), keep_ratio=share).eval()
+            hits[block, share, "even"].append(right(even, images, labels))
+            own = {"class": attention[block], "least": -attention[block]}
+            for name, values in (own | scores).items():
+                hits[block, share, name].append(right(given, images, labels, values))
 
-    def right(run: nn.Module, scores: Tensor | None = None) -> Tensor:
-        found = []
-        for start in range(0, len(images), PART):
-            if scores is not None:
-                run.method.given = scores[start : start + PART]
-            with torch.inference_mode():
-                found.append(logits_of(run(images[start : start + PART])).argmax(1).cpu())
-        return torch.cat(found) == labels
-
-    dense = right(model)
-    print(f"{tested.name}: dense {100 * dense.float().mean():.2f} % of {len(labels)} images\n")
+    print(f"dense: {accuracy(dense)} % of {len(labels)} images\n")
     print("| block | kept | chosen by | top-1 % | against random |\n| --- | --- | --- | --- | --- |")
-    for block in asked.blocks:
-        for share in asked.keep_ratio:
-            options = {"blocks": (block,), "keep_ratio": share}
-            given = reduce_tokens(model, "given", **options).eval()
-            even = reduce_tokens(model, "keep", selection="even", **options).eval()
-            random = right(given, chance)
-            found = {"random": random, "even": right(even), "class": right(given, attention[block])}
-            found |= {name: right(given, scores) for name, scores in known.items()}
-            for name, hits in found.items():
-                pair = paired(hits, random)
-                told = "" if name == "random" else f"{pair.difference:+.2f} ± {pair.error:.2f}"
-                print(
-                    f"| {block} | {share} | {name} | {100 * hits.float().mean():.2f} | {told} |", flush=True
-                )
+    for (block, share, name), found in hits.items():
+        told = difference(found, hits[block, share, "random"])
+        print(f"| {block} | {share} | {name} | {accuracy(found)} | {told} |")
+
+
+@torch.inference_mode()
+def right(model: nn.Module, images: Tensor, labels: Tensor, scores: Tensor | None = None) -> Tensor:
+    """Return which answers are right, (images,) bool."""
+    found = []
+    for start in range(0, len(images), PART):
+        if scores is not None:
+            model.method.given = scores[start : start + PART]
+        found.append(logits_of(model(images[start : start + PART])).argmax(1).cpu())
+    return torch.cat(found) == labels
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from evovit.runtime.seeds import seed_for
 from evovit.runtime.world import World
 from evovit.train import trainer as trainer_module
 from evovit.train.build import build_model, open_run
-from evovit.train.evaluate import evaluate, paired
+from evovit.train.evaluate import evaluate, paired, paired_over_runs
 from evovit.train.optimizers import build_optimizers, rate_at
 from evovit.train.state import numbered, read_weights
 from evovit.train.trainer import Trainer, accumulation
@@ -292,6 +292,19 @@ def test_paired_error_is_that_of_the_differences() -> None:
     assert found.error == pytest.approx(100 * differences.std(correction=0).item() / 500**0.5)
     assert found.won - found.lost == int(differences.sum())
     assert paired(ours, ours).error == 0
+
+
+def test_an_image_that_several_trainings_share_counts_once() -> None:
+    generator = torch.Generator().manual_seed(1)
+    ours, theirs = (torch.rand(200, generator=generator) < share for share in (0.7, 0.6))
+    one = paired(ours, theirs)
+    assert paired_over_runs([ours], [theirs]) == pytest.approx((one.difference, one.error))
+    assert paired_over_runs([ours] * 3, [theirs] * 3) == pytest.approx((one.difference, one.error))
+    others = [torch.rand(200, generator=generator) < 0.6 for _ in range(3)]
+    difference, error = paired_over_runs([ours] * 3, others)
+    won = sum(ours.double() - other.double() for other in others) / 3
+    assert difference == pytest.approx(100 * float(won.mean()))
+    assert error == pytest.approx(100 * float(won.std(correction=0)) / 200**0.5)
 
 
 def test_eval_and_report_read_what_train_wrote(

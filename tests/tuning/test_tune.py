@@ -22,7 +22,7 @@ from evovit.tuning.plans import Plan, choose_methods, rows_of, with_counts
 from evovit.tuning.record import TUNED, read_tuned, write_tuned
 from evovit.tuning.search import Costs, search
 from evovit.tuning.sensitivity import SensitivityTable, damage
-from evovit.tuning.tune import tune
+from evovit.tuning.tune import answer, tune
 from tests.conftest import HOSTS, disturb, make_host, pictures
 from tests.tuning.counting import CountingClock
 
@@ -143,6 +143,23 @@ def test_it_meets_the_target_and_is_the_best_measured(host: nn.Module, images: T
     assert "1.3" in found.sentence
     own = [one for one in able if "keep_per_block" not in one.plan.options]
     assert own, "every method's own knob stands beside the schedules"
+
+
+def test_a_selection_no_better_than_chance_is_said(host: nn.Module, images: Tensor) -> None:
+    found = tune(host, images, speedup=1.3, methods=["evo_vit"], clock=CountingClock(), rounds=4)
+    assert found.best is not None
+    options = {**found.best.plan.options, "selection": "random"}
+    chance = evovit.reduce_tokens(host, "evo_vit", **options)
+    with torch.inference_mode():
+        by_hand = damage(host(images), chance(images), True)
+    assert found.conditions["damage_by_chance"] == pytest.approx(by_hand, rel=1e-4)
+    for worse, said in ((0.5, False), (2.0, True)):
+        now = replace(found, best=found.best._replace(damage=worse * by_hand))
+        assert ("no better than chance" in answer(now)) == said
+    now.conditions["random_images"] = True
+    assert "chance" not in answer(now)
+    even = tune(host, images, speedup=1.3, methods=["tome"], clock=CountingClock(), rounds=4)
+    assert "damage_by_chance" not in even.conditions, "merging has no selection"
 
 
 def test_a_latency_may_be_wished(host: nn.Module, images: Tensor) -> None:

@@ -34,8 +34,10 @@ def recipes(
             raise EvoViTError(
                 f"evovit recipes list takes no name; evovit recipes show {shown(name)} shows one."
             )
-        for each, what in list_recipes().items():
-            print(f"{each:<28} {what}")
+        recipes = list_recipes()
+        width = max(map(len, recipes))
+        for each, what in recipes.items():
+            print(f"{each:<{width}} {what}")
         return
     if not name:
         raise EvoViTError(f"evovit recipes {action} needs the name of a recipe; evovit recipes lists them.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from evovit.report.plots import Point, draw_accuracy
 from evovit.report.tables import Table, as_csv, as_markdown, speedup_text, spread, table
 from evovit.runtime.files import write_bytes, write_text
 from evovit.study import Shown, Standing
-from evovit.train.evaluate import paired
+from evovit.train.evaluate import paired_over_runs
 from evovit.visualize import draw_side_by_side, kept_patches
 
 if TYPE_CHECKING:
@@ -61,14 +60,8 @@ def cells(each: Standing, row: Row, dense: Standing) -> list[str]:
         spread(each.before),
         spread(each.after),
         "" if each is dense else spread(differences, "+"),
-        "" if each is dense else f"{paired_error(each, dense):.2f}",
+        "" if each is dense else f"{paired_over_runs(each.right, dense.right)[1]:.2f}",
     ]
-
-
-def paired_error(each: Standing, dense: Standing) -> float:
-    """Return the standard error of the mean difference to dense that comes from the test images."""
-    errors = [paired(*rights).error for rights in zip(each.right, dense.right, strict=True)]
-    return math.sqrt(sum(error**2 for error in errors)) / len(errors)
 
 
 def _page(rows: Table, row: Row, seeds: int, accuracy: Picture, kept: Picture) -> str:

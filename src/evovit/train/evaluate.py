@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -47,6 +48,20 @@ def paired(ours: Tensor, theirs: Tensor, world: World | None = None) -> Paired:
     difference = (won - lost) / images
     variance = max(0.0, (won + lost) / images - difference**2) / images
     return Paired(100 * difference, 100 * variance**0.5, int(won), int(lost))
+
+
+def paired_over_runs(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> tuple[float, float]:
+    """Compare two models on the same images over several trainings of each, seed by seed.
+
+    Args:
+        ours, theirs: (images,) bool for each training, `Accuracy.right` of one process.
+
+    Returns:
+        The mean difference in percentage points and its standard error. An image counts once, with its mean
+        over the trainings, which share it; how other trainings would differ is not in the error.
+    """
+    won = (torch.stack([*ours]).float() - torch.stack([*theirs]).float()).mean(0).double()
+    return 100 * won.mean().item(), 100 * (won.var(correction=0) / len(won)).sqrt().item()
 
 
 def autocast(recipe: Recipe, device: torch.device) -> Any:

@@ -133,6 +133,16 @@ def with_budget(base: Plan, budget: float, spec: BackboneSpec) -> Plan:
     return Plan(base.method, {**base.options, **changed})
 
 
+def by_chance(plan: Plan) -> Plan | None:
+    """Return the same schedule with random patches, or None where the method cannot, or does so already."""
+    chance = Plan(plan.method, {**plan.options, "selection": "random"})
+    try:
+        build_config(find_method(plan.method), dict(chance.options))
+    except EvoViTError:
+        return None
+    return None if chance.key == plan.key else chance
+
+
 def points_of(ffn: Sequence[int]) -> int:
     """Return how many blocks reduce, from the rows of each block's FFN; all but the first may."""
     return max(1, sum(now != before for before, now in pairwise(ffn)))

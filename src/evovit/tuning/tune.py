@@ -26,6 +26,7 @@ from evovit.tuning.latency import LatencyTable, blank, measure_latency, row_grid
 from evovit.tuning.plans import (
     PLACES,
     Plan,
+    by_chance,
     choose_methods,
     defaults,
     points_of,
@@ -282,6 +283,9 @@ class _Search:
         found.sensitivity = {str(base): tables[base.key] for base in self.bases}
         if best is not None:
             found.model = best.plan.build(self.model)
+            chance = by_chance(best.plan)
+            if chance is not None:
+                conditions["damage_by_chance"] = self.damage_of(chance)
         found.sentence = answer(found)
         return found
 
@@ -424,9 +428,13 @@ def answer(found: Tuned) -> str:
     best = found.best
     times = f"{found.dense_ms:.2f} to {best.ms:.2f} ms, {found.conditions['clock']}"
     speed = f"{best.speedup:.2f}x ± {best.noise:.1%} ({times})"
-    if found.met:
-        return f"{best.plan}: {speed}, {found.conditions['measure']} {best.damage:.4g}."
-    return (
-        f"The target, {found.target:.2f}x, cannot be met here; the best found is {best.plan}: {speed}, "
-        f"{found.conditions['measure']} {best.damage:.4g}."
-    )
+    sentence = f"{best.plan}: {speed}, {found.conditions['measure']} {best.damage:.4g}."
+    if not found.met:
+        sentence = f"The target, {found.target:.2f}x, cannot be met here; the best found is {sentence}"
+    chance = found.conditions.get("damage_by_chance", math.inf)
+    if chance <= best.damage and not found.conditions["random_images"]:
+        sentence += (
+            f" Random patches on the same schedule do no more damage ({chance:.4g}): on these images the "
+            "selection is no better than chance."
+        )
+    return sentence
