@@ -50,7 +50,7 @@ class Given(Keep):
 
 
 def in_windows(scores: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return scores by which each window of 2 x 2 patches gives one before any gives its second, (B, cells)."""
+    """Return scores, (B, cells), by which each 2 x 2 window gives one before any gives its second."""
     by_window = scores.unflatten(1, (grid[0] // 2, 2, grid[1] // 2, 2)).transpose(2, 3).flatten(3)
     turn = by_window.argsort(-1, descending=True).argsort(-1)
     place = turn.unflatten(3, (2, 2)).transpose(2, 3).flatten(1)
