@@ -8,6 +8,8 @@ Nothing is trained. In one block all but a share of the patches are dropped, cho
 - even: evenly spaced;
 - class: the class token's attention in that block, as EViT and Evo-ViT without history read it;
 - least: the lowest of these first, a control;
+- class, spread: by class attention, but each window of 2 x 2 patches gives one before any gives its second;
+- random, spread: the same by chance;
 - last: the class token's attention in the last block of the dense model, which no method has yet;
 - occlusion: how far the dense model's logit of its own answer falls with the patch painted in mean colour;
 - box, outside: patches whose centre lies in the object's box first, or last (--boxes, as in on_object.py).
@@ -45,6 +47,14 @@ class Given(Keep):
 
     def score(self, block: Block, tokens: Tokens, qkv: QKV) -> Tensor:
         return self.given.gather(1, tokens.index)
+
+
+def in_windows(scores: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return scores, (B, cells), by which each 2 x 2 window gives one before any gives its second."""
+    by_window = scores.unflatten(1, (grid[0] // 2, 2, grid[1] // 2, 2)).transpose(2, 3).flatten(3)
+    turn = by_window.argsort(-1, descending=True).argsort(-1)
+    place = turn.unflatten(3, (2, 2)).transpose(2, 3).flatten(1)
+    return scores / scores.abs().amax(1, keepdim=True) - 3 * place
 
 
 @torch.inference_mode()
@@ -86,7 +96,7 @@ def main() -> None:
         grid = seen[0][0].grid
         attention = [torch.cat([part[block].attention for part in seen]) for block in range(len(seen[0]))]
         chance = torch.rand(attention[0].shape, generator=torch.Generator().manual_seed(0))
-        scores = {"random": chance, "last": attention[-1]}
+        scores = {"random": chance, "random, spread": in_windows(chance, grid), "last": attention[-1]}
         scores["occlusion"] = torch.cat([occlusion(model, part, grid) for part in images.split(PART)])
         if asked.boxes:
             corners = boxes_of(tested, asked.boxes, asked.split)
@@ -99,6 +109,7 @@ def main() -> None:
             even = reduce_tokens(model, "keep", selection="even", blocks=(block,), keep_ratio=share).eval()
             hits[block, share, "even"].append(right(even, images, labels))
             own = {"class": attention[block], "least": -attention[block]}
+            own["class, spread"] = in_windows(attention[block], grid)
             for name, values in (own | scores).items():
                 hits[block, share, name].append(right(given, images, labels, values))
 

@@ -75,8 +75,6 @@ HOSTS: dict[str, Callable[[], nn.Module]] = {
 
 
 EVERYDAY = ("dense", "evo_vit", "evit", "tome")  # traced in the default lane and on every host
-KINDS = ("vit_avg", "post_norm", "parallel_things", "parallel_scaling", "eva02", "beit", "relpos", "lv_vit")
-# ^ a host for each adapter and each way in which a block is laid out
 
 
 def traced(cases: list[Any], everyday: tuple[str, ...] = EVERYDAY) -> list[Any]:
@@ -87,10 +85,11 @@ def traced(cases: list[Any], everyday: tuple[str, ...] = EVERYDAY) -> list[Any]:
 def covering(method: str, host: str) -> pytest.MarkDecorator:
     """Return the lane of a test that traces a method on a host.
 
-    The slow lane has every method on a host of each kind and a few methods on every host, so that each block
-    and each method is traced; the rest of the product is in the full lane.
+    The slow lane has every method on two hosts of another kind each, and two methods on every host, so that
+    each block and each method is traced; the rest of the product is in the full lane.
     """
-    return pytest.mark.slow if method in EVERYDAY or host in KINDS else pytest.mark.full
+    kept = method in ("evo_vit", "tome") or host in ("eva02", "lv_vit")
+    return pytest.mark.slow if kept else pytest.mark.full
 
 
 def pairs(methods: list[str]) -> list[Any]:

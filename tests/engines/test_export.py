@@ -27,7 +27,7 @@ from evovit.models.levit_cls import LevitCls
 from evovit.ops.fusion import Fusion
 from evovit.ops.merge import drop_where, match_both_ways, match_tokens
 from evovit.ops.select import descending, split_top
-from tests.conftest import EVERYDAY, HOSTS, SIZE, disturb, make_host, pictures
+from tests.conftest import HOSTS, SIZE, disturb, make_host, pictures
 
 PREPARE: dict[str, Any] = {
     "input_size": [3, SIZE, SIZE],
@@ -173,9 +173,9 @@ def test_lower_precisions_stay_near_the_export_in_float32(method: str, tmp_path:
 def lane_of(method: str, host: str, to: str) -> pytest.MarkDecorator:
     """Return the lane of an export: `vit` is above, and `test_contract` traces every method on `eva02`.
 
-    The slow one has every method on the other adapters, and the conversion of a few from every host.
+    The slow one has every method on the other adapters, and the conversion of two from every host.
     """
-    kept = host in ("lv_vit", "levit") if to == "pt2" else method in EVERYDAY or host == "levit"
+    kept = host in ("lv_vit", "levit") if to == "pt2" else method in ("evo_vit", "tome") or host == "levit"
     return pytest.mark.slow if kept else pytest.mark.full
 
 

@@ -97,8 +97,9 @@ def test_the_python_call_shows_a_model_in_hand_and_appears_in_a_notebook(tmp_pat
     assert [look.method.split()[0] for look in host.looks[0]] == ["tome", "evo_vit"]
 
 
+@pytest.mark.parametrize("answers", [True, False])
 def test_a_model_nobody_named_is_the_published_one_and_without_network_this_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    answers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[tuple[str, bool]] = []
 
@@ -109,9 +110,11 @@ def test_a_model_nobody_named_is_the_published_one_and_without_network_this_is_s
         return open_subject("test_vit", variants)
 
     monkeypatch.setattr("evovit.look.subject.open_subject", opened)
+    monkeypatch.setattr("evovit.look.subject._within_reach", lambda name: answers)
     monkeypatch.setattr("evovit.look.subject.QUICKSTART", tmp_path / "none")
     tell("--out", tmp_path / "out")
-    assert asked == [("deit_small_patch16_224", True), ("deit_small_patch16_224", False)]
+    tried = [("deit_small_patch16_224", True)] * answers  # nothing is tried where the Hub does not answer
+    assert asked == [*tried, ("deit_small_patch16_224", False)]
     html = (tmp_path / "out" / "show.html").read_text()
     assert RANDOM in html and "could not be downloaded" in html
     assert "Going on with random weights." in capsys.readouterr().out

@@ -147,6 +147,8 @@ def default_subject(
         return open_subject(DEFAULT, variants, weights, pretrained)
     log(f"No model is given: {DEFAULT} with its published weights, downloaded the first time.")
     try:
+        if not pretrained and not _within_reach(DEFAULT):
+            raise EvoViTError(f"model: the weights of {DEFAULT} cannot be had (the Hub does not answer).")
         return open_subject(DEFAULT, variants, "", True)
     except EvoViTError as error:
         if "cannot be had" not in str(error) or pretrained:
@@ -158,3 +160,22 @@ def default_subject(
             "network: evovit quickstart, then evovit show digits."
         )
         return replace(subject, notes=(*subject.notes, note))
+
+
+def _within_reach(name: str) -> bool:
+    """Tell whether the published weights of a timm model are here or the Hub answers.
+
+    Asked once: a download would be tried for most of a minute.
+    """
+    import timm
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.utils import get_session
+
+    published = timm.get_pretrained_cfg(name)
+    if published and isinstance(try_to_load_from_cache(str(published.hf_hub_id), "model.safetensors"), str):
+        return True
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # which kind, depends on the version's HTTP client
+        return False
+    return True
