@@ -168,7 +168,7 @@ def build(cls: type[Kind], values: Mapping[str, Any], what: str) -> Kind:
             raise EvoViTError(f"{what} has no option {shown(key)}; {there}.{nearest(key, known)}")
     for name, f in known.items():
         if name not in values and f.default is MISSING and f.default_factory is MISSING:
-            raise EvoViTError(f"{cls.title}{name} is missing; it is {f.metadata['meaning']}.")
+            raise EvoViTError(f"{cls.title}{name} is missing; give it: {f.metadata['meaning']}.")
     return cls(**values)
 
 

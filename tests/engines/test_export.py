@@ -311,7 +311,7 @@ def test_selecting_products_are_found_behind_what_only_moves_numbers() -> None:
         ({"to": "pt2", "images": torch.zeros(1, 3, SIZE, SIZE, device="meta")}, "not finite, or none"),
         ({"to": "pt2", "preprocessing": 3}, "preprocessing is 3; give a table"),
         ({"to": "pt2", "preprocessing": [1]}, r"preprocessing is \[1\]; give a table"),
-        ({"to": "pt2", "preprocessing": {}}, r"preprocessing.input_size is missing; it is \(channels"),
+        ({"to": "pt2", "preprocessing": {}}, r"preprocessing.input_size is missing; give it: \(channels"),
         ({"to": "pt2", "preprocessing": PREPARE | {"mean": "x"}}, "preprocessing.mean is 'x'"),
         ({"to": "pt2", "preprocessing": PREPARE | {"std": (0, 0, 0)}}, "preprocessing.std is"),
         ({"to": "pt2", "preprocessing": PREPARE | {"crop_mode": object()}}, "preprocessing.crop_mode is"),

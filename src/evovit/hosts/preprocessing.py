@@ -25,14 +25,14 @@ class Preprocessing(Options):
     title: ClassVar[str] = "preprocessing."
 
     input_size: tuple[Count, Count, Count] = option(meaning="(channels, height, width)")
-    mean: tuple[float, ...] = option(meaning="of each channel, taken off")
-    std: tuple[Positive, ...] = option(meaning="of each channel, divided by")
+    mean: tuple[float, ...] = option(meaning="mean of each channel, which is subtracted")
+    std: tuple[Positive, ...] = option(meaning="standard deviation of each channel, which is divided by")
     interpolation: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = option(
-        meaning="of the resize, a name of Pillow's"
+        meaning="filter of the resize, as Pillow names it"
     )
-    crop_pct: Annotated[float, Gt(0), Le(4)] = option(meaning="side of the crop over the resized side")
-    crop_mode: Literal["center", "squash", "border"] = option(meaning="what the resize keeps")
-    class_names: tuple[str, ...] = option((), "of the classes, in their order")
+    crop_pct: Annotated[float, Gt(0), Le(4)] = option(meaning="side of the crop over the side after resizing")
+    crop_mode: Literal["center", "squash", "border"] = option(meaning="how the image is fitted to the crop")
+    class_names: tuple[str, ...] = option((), "names of the classes, in their order")
 
 
 def checked_preprocessing(given: Any, shape: Sequence[int]) -> dict[str, Any]:

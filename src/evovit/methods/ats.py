@@ -60,16 +60,19 @@ class ATS(Method):
         """Options of ATS; keep_ratio 1 is the released code, which never uses fewer points."""
 
         keep_ratio: Ratio | tuple[Ratio, ...] = option(
-            0.7, "most that may go on, r: r, r^2, ... of all patches; a list has one per sampling block"
+            0.7,
+            "largest share of patches kept: r, r^2, ... for a number r; a list has one per sampling block",
         )
         blocks: tuple[Number, ...] = option((3, 6, 9), "blocks that sample, counted from 0")
         shorten: Shorten = option(
-            "alone", "whose length the released code cuts: each image's by itself, none, or the whole batch's"
+            "alone", "length that the released code cuts an image to: its own, none (never), or the batch's"
         )
         softmax: Softmax = option(
-            "fused", "released adds 1e-6 to each row of attention as its code does, and is slower"
+            "fused", "released: add 1e-6 to each row of attention, as the released code does; slower"
         )
-        selection: Selection = option("class", "the others are for hosts without class token")
+        selection: Selection = option(
+            "class", "class: attention of the class token; the others are for hosts without one"
+        )
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)

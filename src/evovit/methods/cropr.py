@@ -52,22 +52,26 @@ class Cropr(Method):
         """Options of Cropr; the defaults are the released ones."""
 
         r: Number | tuple[Number, ...] = option(
-            8, "tokens dropped after each block, one more after the first; a list is taken as it is"
+            8, "tokens dropped after each block, and one more after the first; a list is taken as it is"
         )
         llf: bool = option(True, "last-layer fusion: dropped tokens come back before the last block")
         num_queries: Annotated[int, Ge(1), Le(4096)] = option(
-            1, "of a router; more than one has no auxiliary head"
+            1, "learnt queries of a router; more than one needs auxiliary=false"
         )
-        router_heads: Count | None = option(None, "attention heads of a router; none: as many as the host's")
-        pre_attn_norm: bool = option(False, "a router norms the tokens it reads")
+        router_heads: Count | None = option(
+            None, "attention heads of a router; none: as many as the host has"
+        )
+        pre_attn_norm: bool = option(False, "a router normalises the tokens it reads")
         q_proj: bool = option(False, "a router projects its queries")
         k_proj: bool = option(False, "a router projects its keys")
         v_proj: bool = option(False, "a router projects its values")
-        qkv_bias: bool = option(False, "these projections have a bias")
-        mlp: bool = option(True, "an MLP before the auxiliary head")
-        mlp_ratio: Annotated[float, Gt(0), Le(64)] = option(4.0, "its hidden width over its width")
+        qkv_bias: bool = option(False, "a router's projections of queries, keys and values have a bias")
+        mlp: bool = option(True, "a router has an MLP before its auxiliary head")
+        mlp_ratio: Annotated[float, Gt(0), Le(64)] = option(
+            4.0, "hidden width of a router's MLP over the host's width"
+        )
         auxiliary: bool = option(
-            True, "false: routers without auxiliary heads, fixed, to run a trained model"
+            True, "routers have auxiliary heads; false: fixed routers without them, to run a trained model"
         )
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:

@@ -52,11 +52,11 @@ class DTEM(ToMe):
             16, "tokens REMOVED by each block; a list may end early, the rest is 0"
         )
         metric_dim: Annotated[int, Ge(1), Le(4096)] | None = option(
-            None, "channels of the metric; none: 64, from width 1024 on 128"
+            None, "channels of the learnt metric; none: 64, or 128 for hosts of width 1024 or more"
         )
-        neighbours: Count = option(3, "partners that a token may be shared between, in training")
-        pair_temperature: Positive = option(0.1, "of the similarities, in training")
-        choice_temperature: Positive = option(0.1, "of each relaxed choice, in training")
+        neighbours: Count = option(3, "in training: partners that one token may be shared between")
+        pair_temperature: Positive = option(0.1, "in training: temperature of the similarities of pairs")
+        choice_temperature: Positive = option(0.1, "in training: temperature of each relaxed choice of pairs")
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)

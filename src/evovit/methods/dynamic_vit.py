@@ -78,16 +78,30 @@ class DynamicViT(Method):
         """Options of DynamicViT; the defaults are the released ones for DeiT-S."""
 
         keep_ratio: Ratio | tuple[Ratio, ...] = option(
-            0.7, "r: r, r^2, ... of all patches; a list has one per reducing block"
+            0.7, "share of all patches kept: r, r^2, ... for a number r; a list has one per reducing block"
         )
-        blocks: tuple[Number, ...] = option((3, 6, 9), "blocks that start with a decision, counted from 0")
-        rest: Rest = option("drop", "squeeze: a dropped token joins the most similar kept one")
-        temperature: Temperature = option(1.0, "of the cosines that weigh squeezed tokens")
-        ratio_weight: Weight = option(2.0, "of the squared difference between kept share and ratio")
-        ratio_of: RatioOf = option("image", "whose kept share that is")
-        logit_weight: Weight = option(0.5, "of KL(teacher || student)")
-        token_weight: Weight = option(0.5, "of the distance of tokens kept to the end from the teacher's")
-        token_loss: TokenLoss = option("squared", "divergence, KL, is for hosts that classify every token")
+        blocks: tuple[Number, ...] = option(
+            (3, 6, 9), "blocks before which tokens are dropped, counted from 0"
+        )
+        rest: Rest = option(
+            "drop", "what becomes of tokens not kept; squeeze merges each into the most similar kept one"
+        )
+        temperature: Temperature = option(
+            1.0, "temperature of the cosine similarities that weight squeezed tokens"
+        )
+        ratio_weight: Weight = option(
+            2.0, "loss weight of the squared difference between kept share and ratio"
+        )
+        ratio_of: RatioOf = option(
+            "image", "the ratio loss takes the kept share of each image, or of the whole batch"
+        )
+        logit_weight: Weight = option(0.5, "loss weight of KL(teacher || student) of the logits")
+        token_weight: Weight = option(
+            0.5, "loss weight of the distance between tokens kept to the end and the teacher's"
+        )
+        token_loss: TokenLoss = option(
+            "squared", "distance of tokens; divergence, KL, is for hosts that classify every token"
+        )
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)

@@ -46,19 +46,28 @@ class EViT(Method):
         """Options of EViT; the defaults are the paper's."""
 
         keep_ratio: Ratio | tuple[Ratio, ...] = option(
-            0.7, "of the patch tokens present; a list has one per reducing block"
+            0.7, "share kept of the patch tokens present; a list has one per reducing block"
         )
         blocks: tuple[Number, ...] = option((3, 6, 9), "blocks that reduce, counted from 0")
-        rest: Rest = option("fuse", "the inattentive: fused into one, dropped, or joined to the most similar")
-        temperature: Temperature = option(1.0, "of the cosines that weigh squeezed tokens")
-        counts: Counts = option("current", "ceil(ratio * present); initial: int(ratio product * all)")
+        rest: Rest = option(
+            "fuse",
+            "inattentive tokens are fused into one, dropped, or each merged into the most similar kept one",
+        )
+        temperature: Temperature = option(
+            1.0, "temperature of the cosine similarities that weight squeezed tokens"
+        )
+        counts: Counts = option(
+            "current", "tokens kept: ceil(ratio * present); initial: int(product of ratios * all patches)"
+        )
         keep: tuple[Count, ...] | None = option(
-            None, "patch tokens left per reducing block, instead of ratios"
+            None, "patch tokens left by each reducing block, instead of keep_ratio"
         )
         shrink: tuple[Share, Share] | None = option(
-            None, "shares of the training; the ratio falls from 1 between"
+            None, "start and end of the phase in which the ratio falls from 1, as shares of the training"
         )
-        selection: Selection = option("class", "the others are for hosts without class token")
+        selection: Selection = option(
+            "class", "class: attention of the class token; the others are for hosts without one"
+        )
 
         @classmethod
         def renamed(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -45,18 +45,23 @@ class EvoLeViT(Method):
         """Options of Evo-LeViT; the defaults are the released ones."""
 
         keep_ratio: Ratio | tuple[Ratio, ...] = option(
-            0.5, "of a stage's patch tokens; a list has one per block"
+            0.5, "share of a stage's patch tokens kept; a list has one per block"
         )
         start_block: Number = option(2, "first reducing block, counted from 0 through all stages")
-        mode: Mode = option("stage", "one selection per stage, by its first ratio; layer: before every block")
-        learn_trade_off: bool = option(True, "alpha of eq. 4, one scalar per attention")
-        trade_off: Share = option(0.5, "alpha, the weight of the OLD score, where it is not learnt")
-        fast_update: bool = option(
-            True, "representative token, eq. 5 to 7; false: placeholders wait unchanged"
+        mode: Mode = option(
+            "stage", "select once per stage, by its first ratio; layer: select before every block"
         )
-        selection: Selection = option("global", "class: no history; the others: hosts without class token")
+        learn_trade_off: bool = option(True, "learn alpha of eq. 4, one scalar per attention")
+        trade_off: Share = option(0.5, "alpha of eq. 4, the weight of the OLD score, where it is not learnt")
+        fast_update: bool = option(
+            True, "update placeholders by a representative token (eq. 5 to 7); false: they stay unchanged"
+        )
+        selection: Selection = option(
+            "global",
+            "class attention with history; class: without; the others are for hosts without a class token",
+        )
         switch_at: Share | None = option(
-            None, "share of the training in layer mode with `trade_off`; paper: 2/3"
+            None, "share of the training in layer mode with a fixed `trade_off`, then stage mode; paper: 2/3"
         )
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:

@@ -44,26 +44,31 @@ class EvoViT(Method):
         """Options of Evo-ViT; the defaults are the paper's."""
 
         keep_ratio: Ratio | tuple[Ratio, ...] = option(
-            0.5, "of the patch tokens; a number holds from start_block on, a list has one per block"
+            0.5, "share of patch tokens kept; a number applies from start_block on, a list has one per block"
         )
         start_block: Number = option(4, "first reducing block, counted from 0")
         stage_length: Count = option(
-            4, "blocks per selection in stage mode; the ratio of a stage's first block holds"
+            4, "in stage mode: blocks that share one selection, by the ratio of the first of them"
         )
-        mode: Mode = option("stage", "layer selects before every block")
+        mode: Mode = option("stage", "stage selects once for stage_length blocks, layer before every block")
         trade_off: Share | tuple[Share, ...] = option(
-            0.5, "alpha of eq. 4, weight of the OLD score; a list has one per block"
+            0.5, "alpha of eq. 4, the weight of the OLD score; a list has one per block"
         )
         fast_update: bool = option(
-            True, "representative token, eq. 5 to 7; false: placeholders wait unchanged"
+            True, "update placeholders by a representative token (eq. 5 to 7); false: they stay unchanged"
         )
         multiple_of: Annotated[int, Ge(1), Le(256)] = option(
-            1, "rows of a reduced block: its nearest multiple with half of the kept; 8 suits tensor cores"
+            1, "round the rows of a reduced block to a multiple (at least half of the kept); 8: tensor cores"
         )
-        selection: Selection = option("global", "class is eq. 3 without history")
-        preserve: bool = option(True, "false: placeholders are dropped (table 3, naive selection)")
+        selection: Selection = option(
+            "global",
+            "what ranks the tokens; global: class attention with history (eq. 4), class: without (eq. 3)",
+        )
+        preserve: bool = option(
+            True, "keep the placeholders; false: they are dropped (table 3, naive selection)"
+        )
         rejoin_last: bool = option(
-            True, "false: the head sees the awake alone (`prunecls` of the released code)"
+            True, "placeholders rejoin for the head; false: it sees only the others (`prunecls` as released)"
         )
         assisted_head: bool = option(False, "a second head on the class token for the training loss (eq. 8)")
         switch_at: Share | None = option(

@@ -61,21 +61,30 @@ class IdleViT(Method):
         """Options of IdleViT; the defaults are those of the published cost and the released training."""
 
         keep_ratio: Ratio | tuple[Ratio, ...] = option(
-            0.7, "r: groups keep r, r^2, ... of all; a list has one per block"
+            0.7, "share of all patches kept: r, r^2, ... from group to group; a list has one per block"
         )
-        start_block: Number = option(3, "first idle block, counted from 0; a list has 1 before it")
-        group_length: Count = option(3, "blocks per power of r, where keep_ratio is a number")
-        selection: Selection = option("class", "the others are for hosts without class token")
-        cut: Cut = option("both", "parts of the token cut loss")
-        cut_weight: Weight = option(20.0, "of the token cut loss, mean over idle blocks; 0 turns it off")
+        start_block: Number = option(
+            3, "first block in which tokens idle, counted from 0; a list has 1 before it"
+        )
+        group_length: Count = option(
+            3, "blocks of a group, which share one power of r; unused where keep_ratio is a list"
+        )
+        selection: Selection = option(
+            "class", "class: attention of the class token; the others are for hosts without one"
+        )
+        cut: Cut = option("both", "which parts of the token cut loss are used")
+        cut_weight: Weight = option(
+            20.0, "weight of the token cut loss, its mean over idle blocks; 0 turns it off"
+        )
         cut_blocks: CutBlocks = option(
-            "all", "released takes every second idle block, as the released code does"
+            "all", "idle blocks in the token cut loss; released: every second one, as in the released code"
         )
         distill_weight: Weight = option(
-            10.0, "of KL(teacher || student), and 100 times it of the feature distance"
+            10.0, "loss weight of KL(teacher || student); the feature distance has 100 times this weight"
         )
         compared: Compared = option(
-            "class", "features: class token; or all that took part last, as with LV-ViT"
+            "class",
+            "features compared: the class token's, or of all tokens active in the last block (LV-ViT)",
         )
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:

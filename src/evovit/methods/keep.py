@@ -42,16 +42,21 @@ class Keep(Method):
         """Options of the baselines."""
 
         keep_ratio: Ratio | tuple[Ratio, ...] = option(
-            0.7, "r: r, r^2, ... of all patches; a list has one per reducing block"
+            0.7, "share of all patches kept: r, r^2, ... for a number r; a list has one per reducing block"
         )
         blocks: tuple[Number, ...] = option(
-            (3, 6, 9), "that reduce, between attention and FFN, by shift after it; counted from 0"
+            (3, 6, 9), "blocks that reduce between attention and FFN (shift: after the FFN), counted from 0"
         )
         selection: Selection = option(
-            "class", "top attention of the class token; what hosts without one have; or plain"
+            "class",
+            "keep the best by class attention or by a score that needs no class token; or random, even",
         )
-        rest: Rest = option("drop", "squeeze: a dropped token joins the most similar kept one")
-        temperature: Temperature = option(1.0, "of the cosines that weigh squeezed tokens")
+        rest: Rest = option(
+            "drop", "what becomes of tokens not kept; squeeze merges each into the most similar kept one"
+        )
+        temperature: Temperature = option(
+            1.0, "temperature of the cosine similarities that weight squeezed tokens"
+        )
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)

@@ -56,23 +56,40 @@ class MCTF(Merging):
         """Options of MCTF; the defaults are the paper's fast variant."""
 
         r: Number | Fraction = option(
-            0.35, "patch tokens each of blocks removes, or their share; at most half, and 10 tokens stay"
+            0.35,
+            "patch tokens each of `blocks` removes, a count or a share; at most half, and 10 tokens stay",
         )
         blocks: tuple[Number, ...] = option((3, 6, 9), "blocks that fuse, counted from 0")
         ahead: Ahead = option(
-            "aggregate", "fused tokens attend by the old map, or recompute it; off: fuse after the FFN"
+            "aggregate",
+            "fuse before attention and aggregate its map, or recompute it; off: fuse after the FFN",
         )
-        tau_similarity: Weight = option(1.0, "temperature of cosines of tokens; 0 leaves them out")
-        tau_information: Weight = option(20.0, "of 1 / attention received; 0 leaves it out")
-        tau_size: Weight = option(40.0, "of 1 / size; 0 leaves it out")
-        bidirectional: bool = option(True, "half of the pairs are proposed by each side; false: all by one")
-        pooling: Pooling = option("attention", "weights: attention * size, size, equal; or the largest value")
+        tau_similarity: Weight = option(
+            1.0, "temperature of the criterion cosine similarity; 0 leaves it out"
+        )
+        tau_information: Weight = option(
+            20.0, "temperature of the criterion 1 / attention received; 0 leaves it out"
+        )
+        tau_size: Weight = option(40.0, "temperature of the criterion 1 / size of a token; 0 leaves it out")
+        bidirectional: bool = option(
+            True, "each side of the split proposes half of the pairs; false: one side proposes all"
+        )
+        pooling: Pooling = option(
+            "attention",
+            "weights of tokens that fuse: attention * size, size, equal; largest: the largest value counts",
+        )
         r_teacher: Number | Fraction = option(
-            0.15, "a second training pass draws r below this; 0: there is none"
+            0.15, "training runs a second pass, whose r is drawn at random below this; 0: no second pass"
         )
-        pass_weights: tuple[Weight, Weight] = option((1.0, 1.0), "of the losses of first and second pass")
-        consistency_weight: Weight = option(3.0, "of the distance between their class features")
-        confidence: Share = option(0.4, "only images whose label is more probable count there")
+        pass_weights: tuple[Weight, Weight] = option(
+            (1.0, 1.0), "weights of the losses of the first and the second training pass"
+        )
+        consistency_weight: Weight = option(
+            3.0, "loss weight of the distance between the class features of both passes"
+        )
+        confidence: Share = option(
+            0.4, "only images whose label has a higher probability count in the consistency loss"
+        )
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)

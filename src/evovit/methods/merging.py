@@ -35,7 +35,9 @@ class Merging(Method):
     class Config(Method.Config):
         """The option of all methods that merge."""
 
-        proportional_attention: bool = option(True, "attention counts a token once per patch in it")
+        proportional_attention: bool = option(
+            True, "attention counts a merged token once for each patch in it"
+        )
 
     def size_bias(self, tokens: Tokens) -> Tensor | None:
         """Return log(size) of each key, (B, 1, 1, P + N), for proportional attention (ToMe, eq. 1)."""

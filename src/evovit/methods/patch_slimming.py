@@ -42,7 +42,7 @@ class PatchSlimming(Method):
         """Options of patch slimming; its masks are for one grid, so one image size."""
 
         keep_ratio: Ratio | tuple[Ratio, ...] = option(
-            0.2, "of all patches, left after the last block, falling evenly; a list has one per block"
+            0.2, "share of all patches left after the last block, falling evenly; a list has one per block"
         )
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:

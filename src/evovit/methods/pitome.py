@@ -41,31 +41,32 @@ class PiToMe(Merging):
         """Options of PiToMe."""
 
         proportional_attention: bool = option(
-            True, "false as OpenToMe runs it, where no block reads the sizes"
+            True, "attention counts a token once per patch in it; false as in OpenToMe, where no block does"
         )
         keep_ratio: Ratio | tuple[Ratio, ...] = option(
-            0.925, "of the tokens that enter a block, prefix too; a list has one per block"
+            0.925, "share kept of the tokens that enter a block, prefix included; a list has one per block"
         )
-        rounding: Rounding = option("down", "of the tokens a keep ratio leaves")
+        rounding: Rounding = option("down", "how the number of tokens that keep_ratio leaves is rounded")
         r: Number | tuple[Number, ...] | None = option(
             None, "tokens REMOVED by each block, instead of keep_ratio; a list may end early, the rest is 0"
         )
         inflection: Annotated[float, Ge(-1), Le(1)] = option(
-            0.0, "of r: -1 removes 2r in the first block, falling to 0 in the last; 1 the reverse"
+            0.0, "for a number r: -1 removes 2r in the first block, falling to 0 in the last; 1 the reverse"
         )
         total: Number | None = option(
-            None, "what all blocks remove, by a change of r in the last, or the first where r falls"
+            None, "tokens that all blocks remove; met by changing r of the last, or the first where r falls"
         )
         margin: tuple[Share, Weight] = option(
-            (0.75, 0.75), "(m, fall): m - fall * i / L in block i of L; the authors' own code has 0.9, 0.9"
+            (0.75, 0.75),
+            "(m, fall): margin m - fall * i / L in block i of L; the authors' own code has 0.9, 0.9",
         )
-        alpha: Positive = option(1.0, "how far similarities below the margin lower the energy, at most")
+        alpha: Positive = option(1.0, "most by which a similarity below the margin lowers the energy")
         bipartite: Bipartite = option(
             "first_half",
-            "blocks in which all tokens may merge; second_half suits MAE, where the others come first",
+            "blocks in which all tokens may merge, not only those of high energy; second_half suits MAE",
         )
         kernel: Kernel = option(
-            "elu", "gaussian, with sources in the upper half of the 2r, is the text variant"
+            "elu", "kernel of the energy; gaussian, with sources in the upper half of the 2r, is for text"
         )
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:

@@ -43,12 +43,16 @@ class PPT(CountedMerging):
             50, "tokens removed by each of `blocks`; a list has one each, in their order"
         )
         threshold: Weight = option(
-            7e-5, "an image whose scores vary less is pooled; 0: none is, 1: all; 6e-5 suits fine-tuning"
+            7e-5,
+            "images of lower score variance are pooled, others pruned; 0: none, 1: all; 6e-5: fine-tuning",
         )
         relative: bool = option(
-            False, "threshold is of variance * N^2, N tokens present, for any image size; 2.69 is 7e-5 at 196"
+            False,
+            "threshold is for variance * N^2, N tokens present, for any image size; 2.69 is 7e-5 at 196",
         )
-        selection: Selection = option("class", "the others are for hosts without class token")
+        selection: Selection = option(
+            "class", "class: attention of the class token; the others are for hosts without one"
+        )
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)

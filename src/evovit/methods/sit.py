@@ -87,11 +87,13 @@ class SiT(Method):
 
         keep_ratio: Ratio = option(0.5, "the j-th slimming leaves int(keep_ratio^j * all patches)")
         blocks: tuple[Number, ...] = option(
-            (2, 5, 8), "slimming AFTER these, counted from 0; the last block has none"
+            (2, 5, 8), "blocks AFTER which tokens are slimmed, counted from 0; the last block cannot be one"
         )
-        token_weight: Weight = option(2.0, "of the distance to the teacher's tokens; 0: no reverse modules")
-        logit_weight: Weight = option(2.0, "of the divergence from the teacher's logits")
-        temperature: Positive = option(1.0, "of these logits")
+        token_weight: Weight = option(
+            2.0, "loss weight of the distance to the teacher's tokens; 0: no reverse modules"
+        )
+        logit_weight: Weight = option(2.0, "loss weight of the divergence from the teacher's logits")
+        temperature: Positive = option(1.0, "temperature of the logits in that divergence")
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)

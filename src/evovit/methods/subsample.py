@@ -37,9 +37,9 @@ class Subsample(Method):
     class Config(Method.Config):
         """Options of sub-sampling."""
 
-        kind: Kind = option("average", "what a window becomes")
-        block: Number = option(6, "pools before this block, counted from 0")
-        stride: Count = option(2, "side of the window, in patches")
+        kind: Kind = option("average", "how a window of patches is pooled into one token")
+        block: Number = option(6, "block before which tokens are pooled, counted from 0")
+        stride: Count = option(2, "side of a pooling window, in patches")
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:
         super().__init__(config, spec)

@@ -40,11 +40,16 @@ class SViTEPlus(Method):
     class Config(Method.Config):
         """Options of SViTE+."""
 
-        keep_ratio: Ratio = option(0.7, "of the patch tokens")
-        temperature: Positive = option(10.0, "of the samples as the training starts; it falls linearly")
-        last_temperature: Positive = option(0.1, "as the training ends")
+        keep_ratio: Ratio = option(0.7, "share of the patch tokens kept")
+        temperature: Positive = option(
+            10.0, "temperature of the Gumbel samples at the start of the training; it falls linearly"
+        )
+        last_temperature: Positive = option(
+            0.1, "temperature of the Gumbel samples at the end of the training"
+        )
         faithful_zero_tokens: bool = option(
-            False, "zero tokens stay, as keys too, class and patch tokens compete: the released code"
+            False,
+            "as released: tokens not kept stay as zeros, also as keys, and the class token competes too",
         )
 
     def __init__(self, config: Config, spec: BackboneSpec) -> None:

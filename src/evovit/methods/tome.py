@@ -36,7 +36,10 @@ class ToMe(CountedMerging):
     class Config(CountedMerging.Config, ScheduledConfig):
         """Options of ToMe."""
 
-        proportional_attention: bool = option(True, "false suits MAE models that were not trained with ToMe")
+        proportional_attention: bool = option(
+            True,
+            "attention counts a token once per patch in it; false suits MAE models not trained with ToMe",
+        )
 
     def plan(self, config: Config) -> None:
         if config.keep_per_block is None:

@@ -38,7 +38,7 @@ class ModelTable(Options):
         0, "classes of the head; 0: as many as the data has"
     )
     drop_path: Annotated[float, Ge(0), Le(0.95)] = option(
-        0.0, "stochastic depth at the last block, growing from 0"
+        0.0, "stochastic depth: rate of the last block, rising from 0 at the first"
     )
     pretrained: bool = option(False, "start from timm's published weights (needs the network)")
     weights: str = option("", "start from this file, .safetensors or .pth; empty: from scratch")
@@ -55,7 +55,8 @@ class MethodTable(Options):
 
     name: str = option(DENSE, "a method's name; dense: nothing is reduced")
     options: dict[str, Any] = field(
-        default_factory=dict, metadata={"meaning": "of the method; in a recipe they stand beside its name"}
+        default_factory=dict,
+        metadata={"meaning": "options of the method; in a recipe they stand beside its name"},
     )
 
     def __post_init__(self) -> None:
@@ -76,33 +77,41 @@ class DataTable(Options):
     train_split: str = option(
         "train", "training images: sub-folder or .tar; part of the shards' names (wds); split (hfds)"
     )
-    test_split: str = option("val", "the same of the test images")
+    test_split: str = option("val", "test images, named in the same way")
     batch_size: Count = option(meaning="images per update over all devices: the EFFECTIVE batch")
     workers: Annotated[int, Ge(0), Le(256)] = option(4, "processes per device that read images")
-    max_corrupt: Number = option(10, "unreadable images, each reported, before the run stops")
+    max_corrupt: Number = option(
+        10, "unreadable images that are tolerated, each reported; one more stops the run"
+    )
     repeats: Annotated[int, Ge(1), Le(1000)] = option(
         1, "repeated augmentation: copies of an image per epoch (DeiT: 3)"
     )
-    crop_scale: Annotated[float, Ge(0.01), Le(1)] = option(0.08, "least share of the area in a random crop")
+    crop_scale: Annotated[float, Ge(0.01), Le(1)] = option(
+        0.08, "smallest share of the image's area in a random crop"
+    )
     flip: Share = option(0.5, "chance of a horizontal flip")
     rand_augment: str = option("", "timm's policy string (DeiT: rand-m9-mstd0.5-inc1); empty: none")
-    colour_jitter: Share = option(0.0, "strength; without effect, so refused, beside rand_augment")
-    erase: Share = option(0.0, "chance of random erasing, per-pixel noise")
+    colour_jitter: Share = option(
+        0.0, "strength of colour jitter; refused beside rand_augment, where it has no effect"
+    )
+    erase: Share = option(0.0, "chance of random erasing, with per-pixel noise")
     mixup: Annotated[float, Ge(0), Le(100)] = option(0.0, "alpha of mixup; 0: off")
     cutmix: Annotated[float, Ge(0), Le(100)] = option(
-        0.0, "alpha of cutmix; 0: off; with both on each is used half of the time"
+        0.0, "alpha of cutmix; 0: off; with mixup on too, each is used half of the time"
     )
-    token_labels: str = option("", "folder of dense labels (TokenLabeling); empty: patches have the image's")
+    token_labels: str = option(
+        "", "folder of dense labels (TokenLabeling); empty: patches get the image's label"
+    )
     token_label_grid: Annotated[int, Ge(1), Le(1000)] = option(
-        14, "cells of a side of the dense labels: the model's grid"
+        14, "cells along a side of the dense labels; equal to the model's grid"
     )
     crop_pct: Annotated[float, Ge(0.1), Le(1)] = option(
-        0.875, "side of the test crop over the resized shorter side"
+        0.875, "side of the test crop over the shorter side after resizing"
     )
     scenes: Count = option(2048, "digits: training scenes per epoch, drawn anew each")
     test_scenes: Count = option(2000, "digits: test scenes, always the same")
     fragments: Number = option(
-        4, "digits: distracting fragments in a scene, from 0 up to these at half the epochs"
+        4, "digits: distracting fragments in a scene, rising from 0 to this at half of the epochs"
     )
 
     def __post_init__(self) -> None:
@@ -121,16 +130,18 @@ class ObjectiveTable(Options):
     title: ClassVar[str] = "objective."
 
     reduction: Literal["sum", "mean"] = option(
-        "sum", "of the heads' losses (eq. 8): sum as printed, mean as released"
+        "sum", "how the losses of several heads are combined (eq. 8): sum as printed, mean as released"
     )
     label_smoothing: Annotated[float, Ge(0), Le(0.99)] = option(
         0.0, "share of the target spread over all classes"
     )
-    distillation: Literal["none", "soft", "hard"] = option("none", "soft: KL divergence, hard: its top class")
-    teacher: str = option("", "a timm name, or the folder of a finished run; frozen")
-    teacher_weights: str = option("", "file for a timm teacher; empty: timm's published weights")
-    alpha: Share = option(0.5, "weight of the distillation; the labels get 1 - alpha")
-    temperature: Annotated[float, Ge(0.01), Le(1000)] = option(1.0, "of soft distillation")
+    distillation: Literal["none", "soft", "hard"] = option(
+        "none", "soft: KL divergence from the teacher; hard: the teacher's top class is the label"
+    )
+    teacher: str = option("", "the frozen teacher: a timm name, or the folder of a finished run")
+    teacher_weights: str = option("", "weights file of a timm teacher; empty: timm's published weights")
+    alpha: Share = option(0.5, "weight of the distillation loss; the loss on the labels gets 1 - alpha")
+    temperature: Annotated[float, Ge(0.01), Le(1000)] = option(1.0, "temperature of soft distillation")
     token_distillation: Weight = option(0.0, "weight of the squared distance to the teacher's patch tokens")
     token_label_weight: Weight = option(
         0.0, "weight of the loss of every patch token (LV-ViT's token labelling: 1)"
@@ -147,17 +158,20 @@ class OptimizerTable(Options):
     name: Literal["adamw", "muon"] = option(
         "adamw", "muon: Muon for the blocks' matrices, AdamW for the rest"
     )
-    weight_decay: Rate = option(0.05, "decoupled")
+    weight_decay: Rate = option(0.05, "decoupled weight decay")
     beta1: Annotated[float, Ge(0), Le(0.9999)] = option(0.9, "decay of AdamW's first moment")
     beta2: Annotated[float, Ge(0), Le(0.999999)] = option(0.999, "decay of AdamW's second moment")
-    eps: Annotated[float, Ge(1e-30), Le(1)] = option(1e-08, "of AdamW")
+    eps: Annotated[float, Ge(1e-30), Le(1)] = option(1e-08, "eps of AdamW")
     clip_norm: Weight = option(0.0, "largest norm of the whole gradient; 0: off")
     adaptive_clip: Weight = option(0.0, "largest ratio of a unit's gradient norm to its weight norm; 0: off")
     rate_factors: str = option(
-        "", "PREFIX=FACTOR words: the rate of parameters so named, times a factor; the host's are model."
+        "",
+        "PREFIX=FACTOR words: a factor on the rate of parameters with this prefix, such as model. (the host)",
     )
-    freeze_host_epochs: Number = option(0, "first epochs in which the host's rate is 0, the method's not")
-    frozen: str = option("", "names of the host's parameters that are not trained, with spaces between")
+    freeze_host_epochs: Number = option(
+        0, "number of first epochs that train the method alone, with the host's rate at 0"
+    )
+    frozen: str = option("", "names of the host's parameters that are not trained, separated by spaces")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -185,13 +199,19 @@ class LearningRateTable(Options):
 
     title: ClassVar[str] = "learning_rate."
 
-    base: Rate = option(meaning="peak of AdamW's rate for a batch of reference_batch; scaled with the batch")
-    reference_batch: Count = option(512, "images to which base and run.ema_decay refer")
-    muon: Rate = option(0.02, "peak of Muon's rate for a batch of reference_batch")
-    warm_up_epochs: Weight = option(5.0, "rise from warm_up_start; may be a fraction")
-    warm_up_start: Rate = option(1e-06, "first rate, not scaled")
-    minimum: Rate = option(1e-05, "last rate, not scaled")
-    last_epochs: Number = option(0, "of run.epochs, after the cosine: at the last rate")
+    base: Rate = option(
+        meaning="the peak learning rate of AdamW for a batch of reference_batch; scaled with the batch"
+    )
+    reference_batch: Count = option(512, "batch size to which base and run.ema_decay refer")
+    muon: Rate = option(0.02, "peak learning rate of Muon for a batch of reference_batch")
+    warm_up_epochs: Weight = option(
+        5.0, "epochs in which the rate rises from warm_up_start; may be a fraction"
+    )
+    warm_up_start: Rate = option(1e-06, "learning rate at the start, not scaled with the batch")
+    minimum: Rate = option(1e-05, "learning rate at the end, not scaled with the batch")
+    last_epochs: Number = option(
+        0, "number of last epochs, of run.epochs, that stay at the minimum after the cosine"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,33 +222,36 @@ class RunTable(Options):
 
     epochs: Count = option(meaning="passes over the data")
     seed: Annotated[int, Ge(0), Le(MOST)] = option(
-        0, "first weights, order, augmentation and drop path follow from it"
+        0, "random seed of the first weights, the order, augmentation and drop path"
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes CUDA if there is any")
     batch_per_device: Number = option(
-        0, "images per device and forward; accumulation follows; 0: no accumulation"
+        0, "images per device and forward; gradients accumulate to the batch; 0: no accumulation"
     )
-    precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "of autocast; fp16 with a loss scaler")
-    compile: bool = option(False, "torch.compile of model and loss")
+    precision: Literal["fp32", "bf16", "fp16"] = option(
+        "fp32", "precision of autocast; fp16 uses a loss scaler"
+    )
+    compile: bool = option(False, "compile model and loss with torch.compile")
     activation_checkpointing: bool = option(
         False, "recompute each block in the backward pass: less memory, more time"
     )
     ema_decay: Annotated[float, Ge(0), Lt(1)] = option(
-        0.0, "of a moving average of the weights, per reference_batch images; 0: none"
+        0.0, "decay of a moving average of the weights, per reference_batch images; 0: none"
     )
     reduce_from_epoch: Number = option(0, "the first epoch that reduces tokens (supplement, starting epoch)")
     reduce_ramp_epochs: Number = option(
         0, "epochs over which the share of reduced tokens grows to its full value"
     )
     budgets: tuple[Ratio, ...] = option(
-        (), "keep ratios of one model for several speeds; the largest learns the labels, the others from it"
+        (), "keep ratios of one model for several speeds; the largest learns from labels, the others from it"
     )
     sandwich: Literal["both", "alternate"] = option(
-        "both", "budgets of an update beside the largest: the smallest and a random one; or one in turn"
+        "both",
+        "budgets beside the largest in an update: the smallest and a random one, or one of them in turn",
     )
     test_every: Count = option(1, "epochs between tests; the last epoch is always tested")
     checkpoint_every: Number = option(
-        0, "updates between checkpoints, beside the one after each epoch; 0: none"
+        0, "updates between further checkpoints, beside the one after each epoch; 0: none"
     )
     keep_every: Number = option(
         0, "epochs between weights that stay in checkpoints/ for evovit analyse; 0: none"
