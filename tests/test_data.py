@@ -93,5 +93,5 @@ def test_wrong_arguments_are_refused(bad: dict[str, object]) -> None:
 
 
 def test_scenes_that_do_not_fit_into_memory_are_refused_before_any_is_drawn() -> None:
-    with pytest.raises(EvoViTError, match="do not fit into memory; ask for fewer"):
+    with pytest.raises(EvoViTError, match="do not fit into memory; draw fewer"):
         digit_scenes("train", 100_000_000, size=4096)

@@ -88,7 +88,7 @@ def test_interrupted_says_how_to_go_on(
     with pytest.raises(SystemExit) as exit_:
         cli.main(["train"])
     assert exit_.value.code == 130
-    assert "the same command again goes on where it stopped" in capsys.readouterr().err
+    assert "run the same command again to resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_interrupted_says_how_to_go_on(
     [
         (OSError(36, "File name too long", "a" * 5000), "evovit: File name too long: 'aaa"),
         (PermissionError(13, "Permission denied", "x\ny"), r"evovit: Permission denied: 'x\ny'"),
-        (MemoryError(), "evovit: Memory does not suffice"),
+        (MemoryError(), "evovit: Not enough memory"),
         (
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
             "evovit: Memory",
@@ -136,10 +136,10 @@ def test_what_the_machine_refuses_is_one_sentence(
         ("recipes list x", "evovit recipes list takes no name; evovit recipes show 'x' shows one"),
         ("recipes show /etc/passwd", "No recipe '/etc/passwd' with this name comes with evovit"),
         ("recipes copy /dev/null", "No recipe '/dev/null' with this name comes with evovit"),
-        ("train digits/dense --seeds 0 0", "seeds have 0 twice"),
+        ("train digits/dense --seeds 0 0", "seeds lists 0 twice"),
         ("report /nowhere", "No run is at or below '/nowhere'"),
-        ("bench test_vit --out /dev/null", "No folder can be made at '/dev/null'"),
-        ("bench test_vit --trace /dev/null/x", "No folder can be made at '/dev/null'"),
+        ("bench test_vit --out /dev/null", "The folder '/dev/null' cannot be created"),
+        ("bench test_vit --trace /dev/null/x", "The folder '/dev/null' cannot be created"),
         ("bench test_vit --trace /", "trace is '/', a folder; give a file"),
         ("recipes xopy", "invalid choice 'xopy' for argument 'action'"),
         ("train a \x1b[31m", r"Unrecognized options: \\x1b\[31m"),
@@ -217,7 +217,7 @@ cli.main(["train"])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 130
-    assert done.stderr == "evovit: interrupted; the same command again goes on where it stopped\n"
+    assert done.stderr == "evovit: interrupted; run the same command again to resume\n"
 
 
 @pytest.mark.parametrize("words", [["quickstart", "--out", ""], ["train", "digits/dense", "--out="]])

@@ -384,7 +384,7 @@ def test_a_host_that_cannot_be_pruned_says_so() -> None:
 @pytest.mark.parametrize(
     ("method", "options", "asked", "words"),
     [
-        ("keep", KEEP, {"restore": "unmerge"}, "drops tokens that live on in no other; set restore"),
+        ("keep", KEEP, {"restore": "unmerge"}, "drops tokens without merging them; set restore"),
         ("keep", KEEP, {"restore": "holds"}, "Did you mean 'hold'"),
         ("keep", KEEP, {"restore": None}, "output_fmt='NLC'"),
         ("keep", KEEP, {"output_fmt": "NHWC"}, "output_fmt is 'NHWC'; allowed is NCHW or NLC"),

@@ -91,7 +91,7 @@ def test_times_are_of_both_in_this_run() -> None:
     cost = look_at(model.model, model, prepared(sample("china"), PREPARE), rounds=3).cost
     assert cost.dense_ms and cost.ms and cost.speedup and cost.verdict
     assert "1 thread, float32, batch 1, eager PyTorch, 3 rounds" in cost.conditions
-    assert any("3 rounds only" in note for note in cost.notes)
+    assert any("only 3 rounds" in note for note in cost.notes)
 
 
 def test_a_model_that_classifies_nothing_is_compared_by_its_features() -> None:
@@ -140,8 +140,8 @@ def test_broken_huge_and_missing_pictures_are_one_sentence(
     Image.new("1", (1, 9_000)).save(tmp_path / "thin.png")
     for name, told in (
         ("cut.jpg", "cannot be read"),
-        ("text.jpg", "is no image that Pillow reads"),
-        ("drawn.jpg", "is no image that Pillow reads"),
+        ("text.jpg", "is not an image that Pillow reads"),
+        ("drawn.jpg", "is not an image that Pillow reads"),
         ("huge.png", "is larger than 150 million pixels"),
         ("missing.jpg", "There is no file"),
     ):

@@ -191,7 +191,7 @@ def test_what_is_refused() -> None:
     reduced = evovit.reduce_tokens(tower, "evo_vit", **REDUCES)
     with pytest.raises(EvoViTError, match="cu_seqlens: a reduced Qwen3VLVisionModel cannot honour"):
         reduced(patches(SIZES), grid_thw=SIZES, cu_seqlens=torch.tensor([0, 96, 120]))
-    with pytest.raises(EvoViTError, match="gives its taps and its end alone"):
+    with pytest.raises(EvoViTError, match="gives only its taps and its last output"):
         reduced(patches(SIZES), grid_thw=SIZES, output_hidden_states=True)
 
 
@@ -226,5 +226,5 @@ def test_fusing_by_the_map_is_refused_and_by_a_new_one_is_not() -> None:
             found = model.model.visual(given["pixel_values"], grid_thw=SIZES).pooler_output
             assert found.shape == whole.shape and (found - whole).abs().max() > 1e-4
             evovit.restore_tower(model)
-        with pytest.raises(EvoViTError, match="computes attention itself, which packed towers have no place"):
+        with pytest.raises(EvoViTError, match="computes attention itself, which packed towers do not allow"):
             evovit.reduce_tower(model, "mctf", r=0.3, blocks=(1,))

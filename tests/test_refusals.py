@@ -78,8 +78,8 @@ def test_what_is_no_path_is_refused(value: Any) -> None:
 def test_files_are_written_or_one_sentence(tmp_path: Path) -> None:
     write_files(tmp_path / "a" / "b", {"x.txt": "é", "y.png": b"\x00"})
     assert (tmp_path / "a" / "b" / "x.txt").read_text(encoding="utf-8") == "é"
-    refused(lambda: write_files(tmp_path / "a" / "b" / "x.txt", {"z": ""}), "No folder can be made")
-    refused(lambda: write_files(Path("/dev/null/x"), {"z": ""}), "No folder can be made")
+    refused(lambda: write_files(tmp_path / "a" / "b" / "x.txt", {"z": ""}), "cannot be created")
+    refused(lambda: write_files(Path("/dev/null/x"), {"z": ""}), "cannot be created")
     (tmp_path / "z").mkdir()
     refused(lambda: write_files(tmp_path, {"z": ""}), "cannot be written")
 
@@ -90,7 +90,7 @@ def test_files_are_written_or_one_sentence(tmp_path: Path) -> None:
 def test_json_that_is_no_table_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     refused(lambda: read_json(tmp_path / "a.json", "evovit"), "is damaged or not written by evovit")
-    refused(lambda: read_json(tmp_path, "evovit"), "it is no file")
+    refused(lambda: read_json(tmp_path, "evovit"), "it is not a file")
 
 
 # models

@@ -90,7 +90,7 @@ def test_what_cannot_be_honoured_is_one_sentence() -> None:
         reduced(labels=torch.tensor([1, 2]))
     drops = evovit.reduce_tokens(make("ViTModel"), "evit", **{"blocks": (1,)})
     assert drops(pictures()).last_hidden_state.shape[1] < 17
-    with pytest.raises(EvoViTError, match="the method leaves fewer: choose one that keeps the grid"):
+    with pytest.raises(EvoViTError, match="the method leaves fewer; choose one that keeps the grid"):
         drops(pictures(), output_hidden_states=True)
 
 

@@ -73,7 +73,7 @@ def calibrate(
             raise EvoViTError(f"{name} is {shown(value)}; allowed is a finite number, 0 or more.")
     images = check_kind("images", images, Tensor, "prepared images, a tensor (N, channels, height, width)")
     if len(images) == 0:
-        raise EvoViTError("images holds none; give one or more.")
+        raise EvoViTError("images is empty; give one or more.")
     whole = reduce_tokens(model, "patch_slimming", keep_ratio=1.0)  # refuses hosts it does not run on
     search = Search(model, images, batch, error == "relative", epochs > 0)
     with evaluating(model), torch.no_grad():

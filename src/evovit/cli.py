@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # With a signal, whatever it is: extension modules turn an interrupt of their import into others.
             if not received and not isinstance(error, KeyboardInterrupt):
                 raise
-            more = "; the same command again goes on where it stopped" if name in GO_ON else ""
+            more = "; run the same command again to resume" if name in GO_ON else ""
             print(f"evovit: interrupted{more}", file=sys.stderr, flush=True)
             if received:
                 os._exit(130)  # all is cleaned up, and Python may end as killed by the signal
@@ -132,14 +132,14 @@ def _call(name: str, rest: Sequence[str]) -> None:
             _close_output()
         where = shown(error.filename) if error.filename else "where the output goes"
         advice = (
-            "make room and give the same command again" if full else "give another path, or mend this one"
+            "make room and run the same command again" if full else "give another path, or repair this one"
         )
         sys.exit(_refuse(f"{error.strerror}: {where}; {advice}."))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         sys.exit(
-            _refuse(f"Memory does not suffice ({in_one_line(error)}); ask for less, such as a smaller batch.")
+            _refuse(f"Not enough memory ({in_one_line(error)}); try less, such as a smaller batch.")
         )
 
 
@@ -170,9 +170,7 @@ def _parsed(command: Callable[..., None], name: str, rest: Sequence[str]) -> Cal
         parts = " ".join("" if set(line) <= {"─", "-"} else line for line in lines).split("  ")
         told = "; ".join(part.strip(" .") for part in parts if part and "full helptext" not in part)
         told = told.replace("Argument helptext: ", "")
-        raise EvoViTError(
-            f"{told or 'These words are no arguments'}; evovit {name} --help lists them."
-        ) from None
+        raise EvoViTError(f"{told or 'These are not arguments'}; evovit {name} --help lists them.") from None
 
 
 def _close_output() -> None:

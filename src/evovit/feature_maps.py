@@ -89,7 +89,7 @@ class SimplePyramid(nn.Module):
         check_kind("backbone", backbone, FeatureNet, "what evovit.features returns")
         check_count("channels", channels, 1, 65536)
         if backbone.options["output_fmt"] != "NCHW":
-            raise EvoViTError("The backbone gives no images; make it with output_fmt='NCHW'.")
+            raise EvoViTError("The backbone gives no maps; make it with output_fmt='NCHW'.")
         known = isinstance(scales, list | tuple) and all(
             type(s) in (int, float) and s in SCALES for s in scales
         )

@@ -62,7 +62,7 @@ def fuse_batch_norm(model: Model, tolerance: float = 1e-4) -> Model:
     if not error <= tolerance:
         raise EvoViTError(
             f"With its batch norms folded {type(host).__name__} differs by {error:.1e} of its output's size "
-            f"(allowed {tolerance:.0e}): its layers do not run in the order they are held; use it unfused."
+            f"(allowed {tolerance:.0e}): its layers do not run in the order they are stored; use it unfused."
         )
     return fused
 

@@ -77,7 +77,7 @@ def check_restore(method: Method, restore: str | None, output_fmt: str) -> str |
         )
     if restore == "unmerge":
         raise EvoViTError(
-            f"restore is 'unmerge', and {name} as configured drops tokens that live on in no other; set "
+            f"restore is 'unmerge', and {name} as configured drops tokens without merging them; set "
             "restore to 'hold' or 'interpolate'."
         )
     return "hold" if restore == "auto" else restore
@@ -207,8 +207,8 @@ def refuse_masks(attn_mask: object, is_causal: object) -> None:
     if attn_mask is not None or is_causal:
         what = "is_causal is True" if attn_mask is None else "attn_mask is given"
         raise EvoViTError(
-            f"{what}, and a reduced block attends among tokens that change from block to block, for which no "
-            "mask from outside holds; leave it out."
+            f"{what}, but the tokens of a reduced model change from block to block, so a mask from outside "
+            "does not fit them; leave it out."
         )
 
 

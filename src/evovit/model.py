@@ -227,7 +227,7 @@ class ReducedViT(nn.Module):
         if value is not None:
             value = check_ratio("budget", value)
         if self.budgets and value not in self.budgets:
-            raise EvoViTError(f"budget is {shown(value)}; this model's are {listed(self.budgets)}.")
+            raise EvoViTError(f"budget is {shown(value)}; allowed is {listed(self.budgets)}.")
         self.method.set_budget(value)
         if self.statistics is not None and None not in (old := self._budget, value):
             self.statistics.switch(self.model, self.budgets.index(old), self.budgets.index(value))
@@ -419,8 +419,8 @@ def refuse_hooks(backbone: Backbone, model: nn.Module) -> None:
         if is_hooked(module):
             name = next(name for name, other in model.named_modules() if other is module)
             raise EvoViTError(
-                f"{name or 'The host itself'} has a hook or a forward of its own, which would never run, as "
-                "evovit calls the modules inside it; put it on these, such as norm1, qkv or mlp, or read the "
+                f"{name or 'The host itself'} has a hook or a forward of its own, which would never run: "
+                "evovit calls the modules inside it. Put it on those, such as norm1, qkv or mlp, or read the "
                 "tokens after each block from reduced.run(images, record=True).trace."
             )
 
@@ -456,7 +456,7 @@ def reduce_tokens(
     elif isinstance(method, Method.Config):
         if options:
             raise EvoViTError(
-                f"Options {', '.join(options)} given beside a Config; put them into the Config."
+                f"Options {', '.join(options)} are given beside a Config; put them into the Config."
             )
         cls, config = find_method_of(method), method
     else:

@@ -23,7 +23,7 @@ def check_start(ratios: Sequence[float], start_block: int) -> None:
     """Raise `EvoViTError` where a block before `start_block` reduces."""
     if min(ratios[:start_block], default=1) < 1:
         raise EvoViTError(
-            f"keep_ratio is below 1 before start_block {start_block}; set start_block to the first."
+            f"keep_ratio is below 1 before start_block {start_block}; set it to the first that reduces."
         )
 
 
@@ -150,7 +150,7 @@ def removed_per_block(
     if isinstance(r, Sequence):
         if len(r) > depth or inflection != 0:
             raise EvoViTError(
-                f"r lists {len(r)} values for {depth} blocks; give at most one each, no inflection."
+                f"r lists {len(r)} values for {depth} blocks; give at most one each, and no inflection."
             )
         for removed in r:
             check_count("r", removed, 0, most)

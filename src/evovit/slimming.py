@@ -73,8 +73,8 @@ def checked_blocks(model: nn.Module) -> Any:
         tied = [part for part in (block.attn.norm, block.mlp.norm) if not isinstance(part, nn.Identity)]
         if tied or getattr(block.attn, "gate", None) is not None:
             raise EvoViTError(
-                f"Block {number} norms or gates all its heads or channels together, so that none can go "
-                "alone; create the host without scale_attn_norm, scale_mlp_norm and gates."
+                f"Block {number} normalises or gates its heads or channels together, so none can be "
+                "removed alone; create the host without scale_attn_norm, scale_mlp_norm and gates."
             )
         for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
             expect_class(layer, ("torch.nn.modules.linear.Linear",), f"A projection of block {number}")
@@ -83,11 +83,11 @@ def checked_blocks(model: nn.Module) -> Any:
 
 def chosen(mask: Tensor, count: int, what: str) -> list[int]:
     """Return the places where a mask (count,) is true, one at least."""
-    given = check_kind(what, mask, Tensor, f"a mask of {count} truth values")
+    given = check_kind(what, mask, Tensor, f"a mask of {count} bools")
     if given.dtype != torch.bool or given.shape != (count,) or not given.any():
         raise EvoViTError(
-            f"{what}: the mask is {given.dtype} of shape {tuple(given.shape)}; give {count} truth values, "
-            "one of them true."
+            f"{what}: the mask is {given.dtype} of shape {tuple(given.shape)}; give {count} bools, "
+            "at least one of them True."
         )
     return given.nonzero().flatten().tolist()
 

@@ -74,7 +74,7 @@ def plan(
         raise EvoViTError("No seed is given; give at least one.")
     check_different(seeds)
     if len({path.stem for path in paths}) < len(paths):
-        raise EvoViTError("Two recipes have one file name, which names their folder; rename one.")
+        raise EvoViTError("Two recipes have the same file name, which also names their folder; rename one.")
     contestants = [
         Contestant(
             printable(path.stem),

@@ -165,7 +165,7 @@ def test_an_exported_file_runs_beside_the_model_it_comes_from(
     assert "torch.export" not in text_of(fragment(picture_parts(seen, 1, KEPT)))
     for other, told in (
         (Wish(model="test_vit", exported=str(tmp_path), target="pt2"), "was exported from another model"),
-        (Wish(model="small_vit", exported=str(tmp_path), target="onnx"), "holds no file for 'onnx'"),
+        (Wish(model="small_vit", exported=str(tmp_path), target="onnx"), "has no file for 'onnx'"),
         (Wish(model="small_vit", exported="nowhere", target="onnx"), "There is no 'nowhere/export.json'"),
     ):
         with pytest.raises(EvoViTError, match=re.escape(told)):
@@ -183,7 +183,7 @@ def test_wrong_wishes_are_one_sentence(bench: Workbench) -> None:
     for wish, told in (
         (Wish(model=""), "the model is empty"),
         (Wish(model="no_such_vit"), "timm does not know"),
-        (Wish(model="a\0b"), "which is no path"),
+        (Wish(model="a\0b"), "which is not a path"),
         (Wish(model="small_vit", methods=()), "No method is chosen"),
         (Wish(model="small_vit", methods=("evo_wit",)), "Did you mean 'evo_vit'"),
         (Wish(model="small_vit", methods=("evo_vit:start=2",)), "has no option 'start'"),

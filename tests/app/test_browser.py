@@ -263,7 +263,7 @@ def test_wrong_files_are_a_sentence_and_what_was_seen_stays(visit: Any, place: P
     visitor = visit()
     before = visitor.picture()
     visitor.upload(place / "text.jpg")
-    visitor.until("#photograph-note", "'text.jpg' is no image that Pillow reads; give a JPEG or PNG file.")
+    visitor.until("#photograph-note", "'text.jpg' is not an image that Pillow reads; give a JPEG or PNG")
     visitor.upload(place / "notes.txt")
     visitor.until(".toast-wrap", "Invalid file type: notes.txt")
     visitor.upload(place / "large.png")

@@ -109,7 +109,7 @@ def test_padding_that_would_mix_is_refused() -> None:
                 with pytest.raises(EvoViTError, match="reads pixel_attention_mask beside a token for each"):
                     drops(**full)
                 assert drops(**full | {"pixel_attention_mask": None}).logits.shape == (3, 5)
-    with pytest.raises(EvoViTError, match="stride is 2 and the grid of these images is 1 x 16"):
+    with pytest.raises(EvoViTError, match="stride is 2, but the grid of these images is 1 x 16"):
         evovit.reduce_tokens(make("Siglip2VisionModel"), "subsample", block=1)(**padded)
 
 

@@ -141,7 +141,7 @@ def test_reset_gives_both_heads_another_number_of_classes() -> None:
     model.reset_classifier(3)
     assert model(pictures()).shape == (2, 3)
     assert model.host.aux_head.out_features == 3 and model.get_classifier() is model.host.head
-    with pytest.raises(evovit.EvoViTError, match="LV-ViT's heads take 'token' alone"):
+    with pytest.raises(evovit.EvoViTError, match="LV-ViT's heads take only 'token'"):
         model.reset_classifier(3, "avg")
     frozen = tiny(aux_weight=0.0)
     frozen.reset_classifier(3)

@@ -312,7 +312,7 @@ def test_another_layout_is_refused_in_a_sentence() -> None:
         ({"r": 17}, "r is 17; allowed is 0 to 16"),
         ({"r": (1, 1, 1)}, "r lists 3 values for 2 routers"),
         ({"router_heads": 3}, "router_heads is 3; allowed are divisors of the host's width, 32"),
-        ({"num_queries": 4}, "num_queries is 4, and an auxiliary head learns from one; set auxiliary"),
+        ({"num_queries": 4}, "num_queries is 4, but an auxiliary head learns from one; set auxiliary"),
         ({"mlp_ratio": 0}, "mlp_ratio is 0; allowed is a number above 0"),
     ],
 )

@@ -351,7 +351,7 @@ def test_wrong_options_are_refused_in_one_sentence(options: dict[str, Any], sent
 def test_a_list_of_ratios_starts_where_start_block_says() -> None:
     ratios = (0.9, 0.5, 0.5, 0.5)
     with pytest.raises(
-        evovit.EvoViTError, match="keep_ratio is below 1 before start_block 1; set start_block"
+        evovit.EvoViTError, match="keep_ratio is below 1 before start_block 1; set it to the first"
     ):
         evovit.reduce_tokens(make_host("vit"), "idle_vit", start_block=1, keep_ratio=ratios)
     reduced = evovit.reduce_tokens(make_host("vit"), "idle_vit", start_block=0, keep_ratio=ratios)

@@ -297,7 +297,7 @@ def test_the_command_says_when_images_are_random_and_takes_runs(
 ) -> None:
     train_here(recipe_for(None), tmp_path / "dense")
     cli.main(["calibrate", str(tmp_path / "dense"), "--out", str(tmp_path / "slim"), "--step", "4"])
-    assert "32 random images: they tell nothing about photographs" in capsys.readouterr().out
+    assert "32 random images: they say nothing about photographs" in capsys.readouterr().out
     loaded: Any = evovit.load_reduced(tmp_path / "slim")
     assert loaded.num_classes == 10 and loaded(torch.zeros(1, 3, 24, 24)).shape == (1, 10)
     with pytest.raises(SystemExit):
@@ -326,7 +326,7 @@ def test_the_command_refuses_in_one_sentence(
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"keep_ratio": [0.5, 0.7, 0.5, 0.5]}, "keep_ratio rises"),
+        ({"keep_ratio": [0.5, 0.7, 0.5, 0.5]}, "let no value rise"),
         ({"keep_ratio": [0.5, 0.5]}, "keep_ratio has 2 values for 4 blocks"),
         ({"keep_ratio": 0}, "keep_ratio is 0; allowed is a number above 0, at most 1"),
     ],
@@ -341,10 +341,10 @@ def test_wrong_orders_and_images_are_refused_in_one_sentence() -> None:
     for order in (range(15), [0] * 16, torch.arange(1, 17)):
         with pytest.raises(evovit.EvoViTError, match="give each raster position from 0 to 15 once"):
             reduced.method.set_order(list(order))
-    with pytest.raises(evovit.EvoViTError, match="images holds none"):
+    with pytest.raises(evovit.EvoViTError, match="images is empty"):
         evovit.calibrate(make_host("vit"), torch.zeros(0, 3, 32, 32))
     with pytest.raises(evovit.EvoViTError, match="images is 'photos'; give prepared images"):
         evovit.calibrate(make_host("vit"), "photos")  # type: ignore[arg-type]
     host = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=4, dynamic_img_size=True)
-    with pytest.raises(evovit.EvoViTError, match="grid of 2 x 2 patches and these images have 4 x 4"):
+    with pytest.raises(evovit.EvoViTError, match="grid of 2 x 2 patches, but these images have 4 x 4"):
         evovit.reduce_tokens(host, "patch_slimming", keep_ratio=0.5)(torch.zeros(1, 3, 64, 64))

@@ -251,7 +251,7 @@ def test_another_image_size_is_refused_in_one_sentence() -> None:
         "vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5, dynamic_img_size=True
     )
     model = evovit.reduce_tokens(host, "sit", blocks=(0,))
-    with pytest.raises(evovit.EvoViTError, match="a grid of 4 x 4 patches and these images have 6 x 6"):
+    with pytest.raises(evovit.EvoViTError, match="a grid of 4 x 4 patches, but these images have 6 x 6"):
         model(pictures(1, 96))
 
 

@@ -285,11 +285,11 @@ def test_a_line_that_is_no_row_is_named_and_nothing_written(
     tmp_path: Path, small_run: list[Row], line: str
 ) -> None:
     (tmp_path / "rows.jsonl").write_text(line)
-    with pytest.raises(EvoViTError, match="no JSON of a row"):
+    with pytest.raises(EvoViTError, match="not a JSON row"):
         append_rows(tmp_path, small_run, {})
     assert (tmp_path / "rows.jsonl").read_text() == line
     (tmp_path / "rows.jsonl").write_bytes(b'{"model": "\xe9"}')
-    with pytest.raises(EvoViTError, match="no JSON of a row"):
+    with pytest.raises(EvoViTError, match="not a JSON row"):
         append_rows(tmp_path, small_run, {})
 
 
@@ -302,9 +302,9 @@ WRONG: list[dict[str, Any]] = [
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_a_row_that_no_bench_wrote_is_named(tmp_path: Path, wrong: dict[str, Any]) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(json.loads(FORMER) | wrong))
-    with pytest.raises(EvoViTError, match=r"rows.jsonl' has .*, no row of a bench; move it away"):
+    with pytest.raises(EvoViTError, match=r"rows.jsonl' has .*, not a row of evovit bench; move it away"):
         write_report(tmp_path, append_rows(tmp_path, [], {}))
-    with pytest.raises(EvoViTError, match="no row of a bench"):
+    with pytest.raises(EvoViTError, match="not a row of evovit bench"):
         write_report(tmp_path, [{}])
 
 

@@ -43,7 +43,7 @@ def test_a_mapping_is_unwrapped_as_a_file_is(official: dict[str, Any]) -> None:
     wrapped = {"model": {f"module.{k}": v for k, v in official.items()}, "epoch": 299}
     found = evovit.load_official("evo_vit", wrapped, num_heads=3).state_dict()
     assert all(torch.equal(value, plain[key]) for key, value in found.items())
-    with pytest.raises(evovit.EvoViTError, match="holds no state dict"):
+    with pytest.raises(evovit.EvoViTError, match="has no state dict"):
         evovit.load_official("evo_vit", {"epoch": 299}, num_heads=3)
 
 
@@ -76,7 +76,7 @@ def save_broken(kind: str, folder: Path) -> Path:
         ("truncated", "cannot be read as a checkpoint"),
         ("truncated_safetensors", "cannot be read as a checkpoint"),
         ("code", "holds more than plain tensors"),
-        ("list", "holds no state dict"),
+        ("list", "has no state dict"),
         ("empty", "cannot be read as a checkpoint"),
     ],
 )

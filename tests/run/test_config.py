@@ -182,7 +182,7 @@ def test_nested_overrides_are_read_back_or_refused(path: Path, tmp_path: Path, v
     override = f"model.options.given={value}"
     if read is None:
         with pytest.raises(
-            EvoViTError, match="a recipe has text, numbers, true, false, dates, lists and tables"
+            EvoViTError, match="allowed are text, numbers, true, false, dates, lists and tables"
         ):
             read_recipe(path, [override])
         return
@@ -327,7 +327,7 @@ def test_words_that_are_no_policy_of_timm_are_refused(path: Path, policy: str) -
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("model.options.num_classes=2", "said elsewhere: set model.num_classes"),
+        ("model.options.num_classes=2", "set elsewhere: use model.num_classes"),
         ("model.options.in_chans=1", "images of 1 channels; only colours"),
         ("model.options.depth=1000000000", "depth is 1000000000; allowed is a whole number from 1 to 1000"),
         ("model.options.img_size=1000000", "img_size is 1000000; allowed is a whole number from 1 to 16384"),
@@ -341,8 +341,8 @@ def test_words_that_are_no_policy_of_timm_are_refused(path: Path, policy: str) -
             for value in ("mean='x'", "mean=3", "mean=[0.5]", "mean=[0.5,0.5,'x']", "std=[0.0,1.0,1.0]")
         ),
         ("model.options.scriptable=x", "scriptable, which says nothing about a host"),
-        (f"model.weights={'a' * 5000}", "is no path"),
-        (f"objective.teacher={'a' * 5000}", "is no path"),
+        (f"model.weights={'a' * 5000}", "is not a path"),
+        (f"objective.teacher={'a' * 5000}", "is not a path"),
         ("model.name=vit_tiny_patch61_224", "Did you mean 'vit_tiny_patch16_224'"),
         ("model.options.dept=4", "timm cannot make"),
         ("method.start_block=4", "start_block is 4; allowed is 1 to 3"),

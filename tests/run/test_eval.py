@@ -120,7 +120,7 @@ def test_folders_named_as_imagenets_classes_find_their_places() -> None:
         (("test_vitt", "--images", ".", "--pretrained"), "Did you mean 'test_vit"),
         (("nowhere/run", "--images", ".", "--pretrained"), "timm does not know"),
         (("test_vit", "--images", ".", "--weights", "no.pth"), "There is no checkpoint file 'no.pth'"),
-        (("a" * 5000,), "which is no path"),
+        (("a" * 5000,), "which is not a path"),
     ],
 )
 def test_what_is_missing_is_one_sentence(

@@ -384,5 +384,5 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
         child.send_signal(signal.SIGINT)
         _, said = child.communicate(timeout=120)
     assert child.returncode == 130
-    assert said == "evovit: interrupted; the same command again goes on where it stopped\n"
+    assert said == "evovit: interrupted; run the same command again to resume\n"
     assert "finished" in train_here(recipe, folder)

@@ -58,7 +58,7 @@ def test_a_host_from_a_folder(saved: Path) -> None:
 def test_wrong_names_are_one_sentence(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (saved.parent / "empty").mkdir()
     for name, options, sentence in [
-        (f"hf:{saved.parent / 'empty'}", {}, "its config cannot be had"),
+        (f"hf:{saved.parent / 'empty'}", {}, "its config cannot be loaded"),
         (f"hf:{saved}", {"imgsize": 3}, "its config has no 'imgsize'"),
         (f"hf:{saved}", {"num_attention_heads": 0}, "cannot be made with"),
     ]:

@@ -162,7 +162,7 @@ def row_of(reduced: evovit.ReducedViT, **changes: Any) -> Row:
         median_ms=12.345,
         images_per_second=648.0,
         verdict="1.27x ± 0.8%",
-        notes=("5 rounds only; 30 or more make a result",),
+        notes=("only 5 rounds; a result needs 30 or more",),
     )
     return replace(row, **changes)
 
@@ -175,7 +175,7 @@ def test_the_card_holds_what_was_measured_of_this_model_and_nothing_else(server:
     )
     card = files_of(server)["README.md"].decode()
     assert "| compiled, fp32 | 8 | cpu, threads: 1 | 12.3 | 648 | 1.27x ± 0.8% |" in card
-    assert "| top-1 %, flowers | 93.25 |" in card and "5 rounds only" in card
+    assert "| top-1 %, flowers | 93.25 |" in card and "only 5 rounds" in card
     assert "Not measured." not in card and "99" not in card
     wrong = {"gmacs": 1.0}, {"method": "tome"}, {"options": {"start_block": 2}}, {"task": "training"}
     others = [vars(row_of(reduced, **changes)) for changes in wrong]
@@ -258,7 +258,7 @@ def test_what_was_changed_is_refused(server: Hub) -> None:
         ({"build": {"timm": "hf_hub:other/model", "options": {}}}, "'hf_hub:other/model'"),
         (
             {"build": {"timm": HOST, "options": OPTIONS | {"embed_dim": 480}}},
-            "tells of a host of .* weights and holds",
+            "describes a host of .* weights but has",
         ),
         ({"preprocessing": {"mean": [0.0]}}, "preprocessing.input_size is missing"),
         ({"preprocessing": content["preprocessing"] | {"std": [0.0] * 3}}, "preprocessing.std is"),
@@ -288,7 +288,7 @@ def test_what_the_hub_refuses_is_one_sentence(server: Hub, monkeypatch: pytest.M
         lambda: evovit.load_reduced("hf:user/fast", token=False), "no model hf:user/fast that you may see"
     )
     refused(
-        lambda: evovit.load_reduced("hf:user/fast", token=f"{TOKEN}\n"), "token is no text without blanks"
+        lambda: evovit.load_reduced("hf:user/fast", token=f"{TOKEN}\n"), "token is not text without blanks"
     )
     server.repos["user/gated"] = Repo(private=False, gated=True)
     refused(lambda: evovit.load_reduced("hf:user/gated"), "hf:user/gated is gated: ask for access")
@@ -297,7 +297,7 @@ def test_what_the_hub_refuses_is_one_sentence(server: Hub, monkeypatch: pytest.M
         lambda: reduced.push_to_hub("user/fast", **TOLD), "the Hub does not know who you are; log in with"
     )
     server.broken = 500
-    refused(lambda: evovit.load_reduced("hf:user/new"), "The Hub is not reached")
+    refused(lambda: evovit.load_reduced("hf:user/new"), "The Hub cannot be reached")
     refused(lambda: reduced.push_to_hub("user/fast", **TOLD), "status 500")
 
 
@@ -310,7 +310,7 @@ def test_without_network_what_was_fetched_before_is_loaded(
     reach(monkeypatch, "http://127.0.0.1:9")  # nobody listens there
     with torch.no_grad():
         assert torch.equal(evovit.load_reduced("hf:user/fast")(pictures()), reduced(pictures()))
-    refused(lambda: evovit.load_reduced("hf:user/other"), "The Hub is not reached .*hf:user/other is not in")
+    refused(lambda: evovit.load_reduced("hf:user/other"), "Hub cannot be reached .*hf:user/other is not in")
     refused(lambda: reduced.push_to_hub("user/fast", **TOLD), "hf:user/fast: .*check network and disk")
 
 
@@ -320,7 +320,7 @@ def test_names_that_cannot_be(server: Hub) -> None:
     for name in names:
         refused(lambda given=name: reduced.push_to_hub(given, **TOLD), "name of .*repository")
         if isinstance(name, str):
-            refused(lambda given=name: evovit.load_reduced(f"hf:{given}"), "no name of a repository")
+            refused(lambda given=name: evovit.load_reduced(f"hf:{given}"), "not the name of a Hub repository")
     assert not [each for each in server.asked if "agent" not in each[1]]
 
 
@@ -329,19 +329,19 @@ def test_words_that_cannot_be(server: Hub, tmp_path: Path) -> None:
     for options, sentence in [
         ({"revision": ""}, "revision is ''"),
         ({"revision": 3}, "revision is 3"),
-        ({"token": 3}, "token is no text"),
+        ({"token": 3}, "token is not text"),
         ({"private": "yes"}, "private is 'yes'"),
         ({"commit_message": " "}, "commit_message is empty"),
         ({"create_pr": True, "revision": "x"}, "leave revision out"),
-        ({"base_model": "no name"}, "no name of a repository"),
+        ({"base_model": "no name"}, "not the name of a Hub repository"),
         ({"host": "vit_tiny_r_s16_p8_224"}, "builds another host"),
-        ({"host": None, "host_options": {}}, "does not tell how it is built"),
+        ({"host": None, "host_options": {}}, "does not say how it is built"),
     ]:
         refused(lambda told=options: reduced.push_to_hub("user/fast", **(TOLD | told)), sentence)
     refused(lambda: evovit.load_reduced("hf:user/fast@a", revision="b"), "give one of them")
     refused(lambda: evovit.load_reduced(tmp_path, revision="b"), "are for a model on the Hub")
     refused(lambda: evovit.push_to_hub(tmp_path, "user/fast"), "give a folder written by save_reduced")
-    refused(lambda: evovit.push_to_hub(tmp_path, "user/fast", host=HOST), "a folder tells its own")
+    refused(lambda: evovit.push_to_hub(tmp_path, "user/fast", host=HOST), "a folder has its own")
     assert not server.repos
 
 
@@ -370,7 +370,7 @@ def test_the_command_shares_a_run_with_its_accuracy_and_its_speed(
     for words, told in [
         ([str(run), "user/fast", "--measured", str(tmp_path / "bench")], "has no row of this model"),
         ([str(tmp_path), "user/fast"], "give a folder written by save_reduced"),
-        ([str(run), "no name"], "no name of a repository"),
+        ([str(run), "no name"], "not the name of a Hub repository"),
     ]:
         with pytest.raises(SystemExit) as left:
             main(["push", *words])

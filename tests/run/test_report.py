@@ -335,7 +335,7 @@ def test_a_line_that_is_no_epoch_is_one_sentence(
     before = path.read_text()
     path.write_text(json.dumps(json.loads(before.splitlines()[0]) | change))
     try:
-        with pytest.raises(EvoViTError, match=r"epochs\.jsonl.* no epoch of a training; move it away"):
+        with pytest.raises(EvoViTError, match=r"epochs\.jsonl.* not an epoch of a training; move it away"):
             reported(trained, tmp_path)
     finally:
         path.write_text(before)

@@ -174,7 +174,7 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(
     folder = Path(shutil.copytree(interrupted, tmp_path / "run"))
     assert finish(start(small(tmp_path), folder, largest_file=200_000)) == [2]
     said = (tmp_path / "run.said").read_text()
-    assert "cannot be written" in said and "is whole" in said
+    assert "cannot be written" in said and "are intact" in said
     assert "going on after update 9" in train_here(small(tmp_path), folder)
     assert outcome(folder) == undisturbed
 

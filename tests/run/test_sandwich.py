@@ -117,7 +117,7 @@ def test_compiled_it_has_the_same_losses(tmp_path: Path) -> None:
     ],
 )
 def test_what_does_not_go_together_is_one_sentence(tmp_path: Path, other: str) -> None:
-    with pytest.raises(EvoViTError, match=r"run\.budgets does not go with"):
+    with pytest.raises(EvoViTError, match=r"run\.budgets cannot be combined with"):
         recipe = small(tmp_path, BUDGETS)
         path = tmp_path / "again.toml"
         text = recipe.to_toml()

@@ -92,7 +92,7 @@ def test_the_python_call_shows_a_model_in_hand_and_appears_in_a_notebook(tmp_pat
     shown = evovit.show(model, image, out=tmp_path, rounds=2)
     ((look,),) = shown.looks
     assert look.method == "evo_vit start_block=1 stage_length=3" and look.cost.ms is not None
-    assert shown._repr_html_().startswith("<iframe srcdoc=") and "2 rounds only" in shown.page.read_text()
+    assert shown._repr_html_().startswith("<iframe srcdoc=") and "only 2 rounds" in shown.page.read_text()
     host = evovit.show(model.model, [image], ["tome:r=3", "evo_vit:start_block=1"], out=tmp_path, rounds=0)
     assert [look.method.split()[0] for look in host.looks[0]] == ["tome", "evo_vit"]
 
@@ -106,7 +106,7 @@ def test_a_model_nobody_named_is_the_published_one_and_without_network_this_is_s
     def opened(model: str, variants: Any, weights: str = "", pretrained: bool = False) -> Subject:
         asked.append((model, pretrained))
         if pretrained:
-            raise EvoViTError("model: the weights of it cannot be had (no network).")
+            raise EvoViTError("model: the weights of it cannot be loaded (no network).")
         return open_subject("test_vit", variants)
 
     monkeypatch.setattr("evovit.look.subject.open_subject", opened)

@@ -107,7 +107,7 @@ def test_a_refusal_of_the_main_process_ends_the_other(tmp_path: Path) -> None:
         *(
             (
                 {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1234", "MASTER_ADDR": name},
-                "no name of a machine",
+                "not the name of a machine",
             )
             for name in ("-1", "a b", "localhost:9", "\udcff", "a/b", "\n", "::x")
         ),

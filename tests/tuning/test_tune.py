@@ -252,7 +252,7 @@ def test_the_page_has_the_answer_and_both_tables(host: nn.Module, images: Tensor
     (tmp_path / TUNED).write_text((tmp_path / TUNED).read_text().replace('"best": ', '"best": 9'))
     with pytest.raises(EvoViTError, match="is damaged"):
         read_tuned(tmp_path)
-    with pytest.raises(EvoViTError, match=r"no '.*tuned\.json'.*the same command again writes it"):
+    with pytest.raises(EvoViTError, match=r"no '.*tuned\.json'.*run the same command again"):
         read_tuned(tmp_path / "nowhere")
 
 

@@ -211,7 +211,7 @@ def _said(error: Exception) -> str:
     if isinstance(error, EvoViTError):
         return str(error)
     if is_out_of_memory(error):
-        return "Memory does not suffice; choose a smaller model or photograph."
+        return "There is not enough memory; choose a smaller model or photograph."
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename or 'a file'}; choose another."
     raise error

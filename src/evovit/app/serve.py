@@ -77,8 +77,8 @@ def served(
             )
         except OSError as error:
             raise EvoViTError(
-                f"The page cannot listen on {shown(host)}, port {port or '7860 to 7959'}: it is taken, "
-                "or no address of this machine; give another --port or --host."
+                f"The page cannot listen on {shown(host)}, port {port or '7860 to 7959'}: it is in use, "
+                "or not an address of this machine; give another --port or --host."
             ) from error
         try:
             yield address

@@ -97,7 +97,7 @@ class Workbench:
         if self.only is not None and name not in self.only:
             raise EvoViTError(
                 f"{what} is {shown(name)}, which is not in the list; this page is open to other machines, "
-                "and then it opens only what is in its list."
+                "so it opens only what is in its list."
             )
 
     def open(self, model: str, published: bool = False) -> Held:
@@ -198,7 +198,7 @@ class Workbench:
         exports = read_exports(wish.exported)
         if wish.target not in exports:
             raise EvoViTError(
-                f"{shown(wish.exported)} holds no file for {shown(wish.target)}; there is {listed(exports)}."
+                f"{shown(wish.exported)} has no file for {shown(wish.target)}; it has {listed(exports)}."
             )
         exported = exports[wish.target]
         if exported.batch not in (None, 1):
@@ -271,9 +271,9 @@ def hints_of(held: Held, wish: Wish) -> tuple[str, ...]:
     found = []
     for name, options in map(read_named, wish.methods):
         if name not in held.sliding:
-            found.append(f"{name} has no keep ratio that one number sets: the slider has no say.")
+            found.append(f"{name} has no keep ratio that one number sets: the slider has no effect.")
         elif any(key in options for key in COUNTS):
-            found.append(f"The options say what {name} keeps: the slider has no say.")
+            found.append(f"The options set what {name} keeps: the slider has no effect.")
     return tuple(dict.fromkeys(found))
 
 

@@ -88,8 +88,8 @@ def read_host(model: nn.Module) -> Backbone:
     cls = _find(type(model))
     if not any(p.is_floating_point() for p in model.parameters()):
         raise EvoViTError(
-            f"This {type(model).__name__} has no floating-point weights, and methods compute with such; give "
-            "the host as it is before it is quantised."
+            f"This {type(model).__name__} has no floating-point weights, which methods need; give "
+            "the host as it was before quantisation."
         )
     try:
         backbone = cls(model)
@@ -103,7 +103,7 @@ def read_host(model: nn.Module) -> Backbone:
     if 0 in (*backbone.spec.depths, *backbone.spec.grid):
         raise EvoViTError(
             f"This {type(model).__name__} has {backbone.spec.depth} blocks and a {backbone.spec.grid[0]} x "
-            f"{backbone.spec.grid[1]} grid of patches; give one with a block and a patch at least."
+            f"{backbone.spec.grid[1]} grid of patches; give one with at least one block and one patch."
         )
     return backbone
 
@@ -135,7 +135,7 @@ def check_adapter(model: nn.Module, tolerance: float = 1e-4) -> None:
         raise EvoViTError(
             f"This {type(model).__name__} does not run on random images of its own size "
             f"({type(error).__name__}: {in_one_line(error)}); give a host that does, with all its weights on "
-            "one device and in one type."
+            "one device and in one dtype."
         ) from error
     limits = (tolerance, *(max(tolerance, LARGE_TOLERANCE),) * 2)
     when = ("", " once weights are large", " in training mode")

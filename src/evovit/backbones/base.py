@@ -250,7 +250,7 @@ class Backbone(ABC):
         """
         if arguments:
             raise EvoViTError(
-                f"{', '.join(arguments)}: {type(self).__name__} hosts take images alone, and return logits."
+                f"{', '.join(arguments)}: {type(self).__name__} hosts take only images and return logits."
             )
         return road.logits(images, self)
 
@@ -295,7 +295,7 @@ class Backbone(ABC):
             raise EvoViTError(f"images is a tensor {shape}; {what}.")
         if not self.takes(*shape[2:]):
             raise EvoViTError(
-                f"images has {shape[2]} x {shape[3]} pixels, and the host takes {rows} x {columns}; create "
+                f"images has {shape[2]} x {shape[3]} pixels, but the host takes {rows} x {columns}; create "
                 "it with the images' img_size."
             )
         kind = images.device.type
@@ -311,7 +311,7 @@ class Backbone(ABC):
             return
         given, first, *_ = [kind.removeprefix("torch.") for kind in kinds]
         given = f"sparse {given}" if images.is_sparse else given
-        raise EvoViTError(f"images is {given}, and the host's weights are {first}; use images.to(...).")
+        raise EvoViTError(f"images is {given}, but the host's weights are {first}; use images.to(...).")
 
     @abstractmethod
     def check_structure(self) -> None:
@@ -333,7 +333,7 @@ def mixed_values(qkv: QKV, bias: Tensor | None, mix: Mix | None, dropout: float)
         return F.scaled_dot_product_attention(qkv.q, qkv.k, qkv.v, bias, dropout, scale=qkv.scale)
     if dropout > 0:
         raise EvoViTError(
-            "The method computes attention itself, which leaves no place for the host's attention dropout "
+            "The method computes attention itself and cannot apply the host's attention dropout "
             f"of {dropout:g}; create the host without it."
         )
     return mix(qkv, bias)

@@ -110,7 +110,7 @@ class PackedBlock(Block):
         self, tokens: Tokens, qkv: QKV, bias: Tensor | None = None, mix: Mix | None = None
     ) -> Tokens:
         if mix is not None:
-            raise EvoViTError("The method computes attention itself, which packed towers have no place for.")
+            raise EvoViTError("The method computes attention itself, which packed towers do not allow.")
         attn, count = self.block.attn, qkv.q.shape[2]
         every: Any = qkv.extra
         q, k, v = every.reshape(every.shape[0], count, 3, attn.num_heads, self.unit, -1).permute(
@@ -254,7 +254,7 @@ class HFPacked(HFTrunk):
         self.refuse(arguments)
         if asked_for(arguments, self.config, "output_hidden_states"):
             raise EvoViTError(
-                "output_hidden_states: a reduced packed tower gives its taps and its end alone."
+                "output_hidden_states: a reduced packed tower gives only its taps and its last output."
             )
         frames = self.frames(arguments["grid_thw"])
         flat = self.suited(images).reshape(-1, self.unit * self.numbers)  # (merge blocks, ...)
@@ -290,8 +290,8 @@ class HFPacked(HFTrunk):
         """Return all `count` merge blocks of each frame, one after another; raises where some are gone."""
         if tokens.num_patches != count:
             raise EvoViTError(
-                f"The method leaves {tokens.num_patches} of {count} merge blocks, and a packed "
-                "tower gives each its place; choose one that brings all back: evo_vit, idle_vit or tome."
+                f"The method leaves {tokens.num_patches} of {count} merge blocks, but a packed "
+                "tower needs each in its place; choose one that brings all back: evo_vit, idle_vit or tome."
             )
         return tokens.x.flatten(0, 1)
 

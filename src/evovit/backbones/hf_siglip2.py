@@ -93,5 +93,5 @@ class HFSiglip2(HFPadded):
             raise EvoViTError(
                 f"The host reads pixel_attention_mask beside a token for each patch, and "
                 f"{type(road.method).__name__} as configured drops tokens; leave the mask out where nothing "
-                "is padded, or choose a method that brings all back."
+                "is padded, or choose a method that keeps all of them."
             )

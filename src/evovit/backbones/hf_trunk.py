@@ -192,7 +192,7 @@ class HFTrunk(Backbone):
         tokens = tokens if narrow else road.method.finish(tokens)
         if self.reads_grid(whole) and self.lost(tokens):
             raise EvoViTError(
-                f"{type(next(whole.bypassed())).__name__} reads a token for each patch, and "
+                f"{type(next(whole.bypassed())).__name__} needs a token for each patch, but "
                 f"{type(road.method).__name__} as configured leaves fewer; choose a method that brings all "
                 "back: evo_vit, idle_vit or tome."
             )
@@ -226,7 +226,7 @@ class HFTrunk(Backbone):
         given = [name for name in self.refused if arguments.get(name) is not None]
         if given:
             raise EvoViTError(
-                f"{', '.join(given)}: a reduced {type(self.model).__name__} cannot honour what changes "
+                f"{', '.join(given)}: a reduced {type(self.model).__name__} cannot take what changes "
                 "its patches; call the host itself, reduced.model."
             )
         if asked_for(arguments, self.config, "output_attentions"):
@@ -245,7 +245,7 @@ class HFTrunk(Backbone):
         states = [first, *(tokens.x for tokens in trace)]
         if any(self.lost(tokens) for tokens in trace):
             raise EvoViTError(
-                "All tokens after each block are asked for, as hidden states, and the method leaves fewer: "
+                "The hidden states need all tokens after each block, but the method leaves fewer; "
                 "choose one that keeps the grid (evo_vit, idle_vit, tome), or read "
                 "reduced.run(images, record=True).trace."
             )
@@ -268,7 +268,7 @@ class HFTrunk(Backbone):
         own = getattr(self.config, "_attn_implementation", "eager")
         if own not in IMPLEMENTATIONS:
             raise EvoViTError(
-                f"The host's attn_implementation is {shown(own)}, and its views compute what "
+                f"The host's attn_implementation is {shown(own)}, but evovit computes only what "
                 f"{' and '.join(IMPLEMENTATIONS)} do; load it with attn_implementation='sdpa', which uses "
                 "flash kernels where it can."
             )

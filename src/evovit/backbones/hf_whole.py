@@ -128,7 +128,7 @@ class HFWhole(Backbone):
         """Give the host fresh classifiers, drawn as the host draws its own."""
         if global_pool is not None:
             raise EvoViTError(
-                f"global_pool is {shown(global_pool)}, and a host of transformers pools as its class does; "
+                f"global_pool is {shown(global_pool)}, but a host of transformers pools as its class does; "
                 "leave it out."
             )
         inner = unwrapped(self.model)

@@ -73,7 +73,7 @@ class Both(nn.Module):
                 backbone.values(_seeded(answer, images)) for answer in (backbone.host_answer, self._answer)
             )
             if len(host) != len(ours):
-                raise EvoViTError(f"The host returns {len(host)} tensors, and its views {len(ours)}.")
+                raise EvoViTError(f"The host returns {len(host)} tensors, but its views return {len(ours)}.")
             pairs += zip(host, ours, strict=True)
             if not backbone.head_reads_patches:
                 whole = backbone.head(pairs[0][0])
@@ -102,7 +102,7 @@ def worst_errors(model: nn.Module, adapt: Adapt) -> tuple[float, float, float]:
         if not all(host.isfinite().all() for host, _ in pairs):
             raise EvoViTError(
                 f"{type(model).__name__} is not reproduced exactly: it gives values that are not finite "
-                "on random images; load weights that are whole."
+                "on random images; load intact weights."
             )
         images = images.float()
         for gain in GAINS:  # without norms by token, as in LeViT, values grow from block to block
@@ -175,8 +175,8 @@ def _worst(pairs: list[tuple[Tensor, Tensor]]) -> float:
     for found in (each for pair in pairs for each in pair):
         if not isinstance(found, Tensor):
             raise EvoViTError(
-                f"The host returns a {type(found).__name__}, and evovit reads one tensor, features or "
-                "logits; give a host that returns that alone."
+                f"The host returns a {type(found).__name__}, but evovit reads one tensor, features or "
+                "logits; give a host that returns only that."
             )
     errors = [float("inf")] * any(host.shape != ours.shape for host, ours in pairs)
     for host, ours in pairs if not errors else ():

@@ -152,7 +152,7 @@ class TimmViT(TimmFlat):
         out: Tensor | tuple[Tensor, Tensor] = self.model.forward_head(features, pre_logits=pre_logits)
         if isinstance(out, tuple):
             raise EvoViTError(
-                "The distilled host gives two predictions in training, and evovit passes on one; call "
+                "The distilled host gives two predictions in training, but evovit returns one; call "
                 "set_distilled_training(False) on the host to train their mean."
             )
         return out

@@ -245,7 +245,7 @@ def busy_notes(setting: Setting, measured: Sequence[Measured]) -> list[str]:
     if spread > BUSY_SPREAD:
         notes.append(f"unsteady: times spread by {spread:.0%} of their median (another process at work?)")
     if setting.rounds < ENOUGH_ROUNDS:
-        notes.append(f"{setting.rounds} rounds only; {ENOUGH_ROUNDS} or more make a result")
+        notes.append(f"only {setting.rounds} rounds; a result needs {ENOUGH_ROUNDS} or more")
     return notes
 
 
@@ -275,7 +275,7 @@ def append_rows(folder: Path, rows: Sequence[Row], around: Record) -> list[Recor
             records = [read_record(line) for line in lines]
         except (ValueError, TypeError, RecursionError) as error:
             raise EvoViTError(
-                f"{str(path)!r} has a line that is no JSON of a row ({in_one_line(error)}); move it away."
+                f"{str(path)!r} has a line that is not a JSON row ({in_one_line(error)}); move it away."
             ) from error
         lines += [json.dumps(each) for each in new]
         write_text(path, "".join(line + "\n" for line in lines))

@@ -181,7 +181,7 @@ def in_turn(
     kind = next(parameter.dtype for parameter in next(iter(models.values())).parameters())
     dtype = next((name for name, other in DTYPES.items() if other == kind), None)
     if dtype is None:
-        raise EvoViTError(f"Weights of {kind} are not timed; use float32, bfloat16 or float16.")
+        raise EvoViTError(f"Weights of {kind} cannot be timed; use float32, bfloat16 or float16.")
     device = images.device.type
     setting = Setting(
         model=next(iter(models)),

@@ -180,7 +180,7 @@ def _speed(reduced: ReducedViT, measured: Sequence[Any]) -> str:
     for row in rows:
         if row not in own:
             raise EvoViTError(
-                f"A row of measured is of {shown(row['method'])} with {shown(row['options'])} and "
+                f"A row of measured is for {shown(row['method'])} with {shown(row['options'])} and "
                 f"{row['gmacs']:.4g} GMACs, which is not this model; give rows of this model."
             )
     cells = [
@@ -228,7 +228,7 @@ def rows_of(reduced: ReducedViT, rows: Sequence[Record]) -> list[Record]:
 def _record(row: Any) -> Record:
     record = asdict(row) if is_dataclass(row) and not isinstance(row, type) else row
     if not isinstance(record, Mapping):
-        raise EvoViTError(f"measured holds {shown(row)}; give rows of evovit bench.")
+        raise EvoViTError(f"measured has {shown(row)}; give rows of evovit bench.")
     lacking = [key for key in WORDS if not isinstance(record.get(key), str)]
     lacking += [key for key in NUMBERS if not isinstance(record.get(key), int | float)]
     if lacking or not isinstance(record.get("options"), Mapping):

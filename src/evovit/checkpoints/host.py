@@ -78,7 +78,7 @@ def build(found: Mapping[str, Any]) -> nn.Module:
         name, options = found["timm"], found.get("options", {})
         if not isinstance(name, str) or ":" in name or not isinstance(options, Mapping):
             raise EvoViTError(
-                f"The host is told as {shown(name)} with {shown(options)}; give a name of timm and a table "
+                f"The host is described as {shown(name)} with {shown(options)}; give a timm name and a table "
                 "of its arguments."
             )
         return create_host(name, options, what="host").eval()
@@ -104,13 +104,13 @@ def _class(path: Any, kind: str) -> Any:
     module, _, name = str(path).rpartition(".")
     if not module.startswith(OURS) or ".timm_" in module:  # those name any model of timm
         raise EvoViTError(
-            f"{shown(path)} is no class of transformers; give the host: load_reduced(folder, model)."
+            f"{shown(path)} is not a class of transformers; give the host: load_reduced(folder, model)."
         )
     try:
         found, base = getattr(import_module(module), name), getattr(import_module("transformers"), kind)
     except (ImportError, AttributeError) as error:
         raise EvoViTError(
-            f"{shown(path)} is not to be had here ({in_one_line(error)}); use pip install 'evovit[hf]'."
+            f"{shown(path)} cannot be imported ({in_one_line(error)}); use pip install 'evovit[hf]'."
         ) from error
     if not isinstance(found, type) or not issubclass(found, base) or found.__module__ != module:
         raise EvoViTError(

@@ -71,7 +71,7 @@ def find(name: str, revision: str | None = None, token: str | bool | None = None
     text, _, inside = name.removeprefix(PREFIX).partition("@")
     if inside and revision is not None:
         raise EvoViTError(
-            f"{shown(name)} tells a revision and revision is {shown(revision)}; give one of them."
+            f"{shown(name)} has a revision, and revision is {shown(revision)}; give one of them."
         )
     return checked(text, inside or revision, token)
 
@@ -88,12 +88,12 @@ def checked(name: Any, revision: Any, token: Any) -> Repository:
         validate_repo_id(name)
     except HFValidationError as error:
         raise EvoViTError(
-            f"{shown(name)} is no name of a repository of the Hub ({in_one_line(error)}); give user/name."
+            f"{shown(name)} is not the name of a Hub repository ({in_one_line(error)}); give user/name."
         ) from error
     if revision is not None and not (isinstance(revision, str) and _is_word(revision)):
         raise EvoViTError(f"revision is {shown(revision)}; give a branch, a tag or a commit, or None.")
     if not (token is None or isinstance(token, bool) or (isinstance(token, str) and _is_word(token))):
-        raise EvoViTError(f"token is no text without blanks; {LOG_IN}, and leave it out.")  # it is not shown
+        raise EvoViTError(f"token is not text without blanks; {LOG_IN}, and leave it out.")  # it is not shown
     return Repository(name, revision, token)
 
 
@@ -106,7 +106,7 @@ def create(repository: Repository, private: bool | None) -> Repository:
         found = repository._replace(id=api.create_repo(repository.id, private=private, exist_ok=True).repo_id)
         if private and not api.model_info(found.id).private:
             raise EvoViTError(
-                f"{found.name} is there already and public; make it private on the Hub, or give another name."
+                f"{found.name} exists and is public; make it private on the Hub, or give another name."
             )
         if found.revision and not found.revision.startswith("refs/"):
             api.create_branch(found.id, branch=found.revision, exist_ok=True)
@@ -124,7 +124,7 @@ def told_of(repository: Repository) -> Iterator[None]:
     except EvoViTError:
         raise
     except errors.GatedRepoError as error:
-        raise EvoViTError(f"{name} is gated: ask for access on its page, then {LOG_IN}.") from error
+        raise EvoViTError(f"{name} is gated: request access on its page, then {LOG_IN}.") from error
     except errors.RepositoryNotFoundError as error:
         raise EvoViTError(
             f"The Hub has no model {bare} that you may see; check the name, or, if it is private, {LOG_IN}."
@@ -135,7 +135,7 @@ def told_of(repository: Repository) -> Iterator[None]:
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise EvoViTError(
-            f"The Hub is not reached ({_cause(error)}), and {name} is not in its cache; check the network "
+            f"The Hub cannot be reached ({_cause(error)}), and {name} is not in its cache; check the network "
             "and try again."
         ) from error
     except (errors.LocalTokenNotFoundError, errors.HfHubHTTPError) as error:
@@ -144,7 +144,7 @@ def told_of(repository: Repository) -> Iterator[None]:
             raise EvoViTError(f"{name}: the Hub does not know who you are; {LOG_IN}.") from error
         why = (getattr(error, "server_message", None) or in_one_line(error)).rstrip(".")
         may = f"; {LOG_IN}, with a token that may write there" if code == 403 else ""
-        raise EvoViTError(f"The Hub refuses what was asked of {name} (status {code}: {why}){may}.") from error
+        raise EvoViTError(f"The Hub refuses the request for {name} (status {code}: {why}){may}.") from error
     except Exception as error:  # the client, its network library and a full disk raise what they like
         raise EvoViTError(f"{name}: {_cause(error)}; check network and disk and try again.") from error
 

@@ -57,7 +57,7 @@ def load_official(name: str, source: str | Path | Mapping[str, Tensor], **option
         raise
     except Exception as error:  # tensors and options of strangers contradict each other in many ways
         raise EvoViTError(
-            f"The checkpoint does not make a {name} with {shown(options)} ({in_one_line(error)})."
+            f"The checkpoint cannot be loaded as {name} with {shown(options)} ({in_one_line(error)})."
         ) from error
 
 

@@ -158,7 +158,7 @@ def load_reduced(
     prepared = prepared and checked_preprocessing(prepared, backbone_of(reduced).image_shape)
     names = len(prepared.get("class_names", ()))
     if names not in (0, reduced.num_classes):
-        raise EvoViTError(f"{what} names {names} classes of {reduced.num_classes}; save the model again.")
+        raise EvoViTError(f"{what} names {names} classes, the model {reduced.num_classes}; save it again.")
     for module, state in parts:
         module.load_state_dict(state)
     if saved is not None:
@@ -184,20 +184,18 @@ def _fetched(repository: hub.Repository) -> Path:
     manifest = repository.fetch(MANIFEST)
     if manifest is None:
         raise EvoViTError(
-            f"{repository.name} has no {MANIFEST}, so push_to_hub did not write it; a model of timm or "
-            "transformers is created there and given to reduce_tokens."
+            f"{repository.name} has no {MANIFEST}, so push_to_hub did not write it; create a model of "
+            "timm or transformers with its own library and give it to reduce_tokens."
         )
     files = read_manifest(manifest)["files"]
     if not files:
         raise EvoViTError(
-            f"{repository.name} does not tell the checksums of its files; save and push it again."
+            f"{repository.name} does not list the checksums of its files; save and push it again."
         )
     at_commit = repository.at_commit_of(manifest)
     for name in files:  # of the names that read_manifest allows
         if at_commit.fetch(name) is None:
-            raise EvoViTError(
-                f"{repository.name} has no {name}, which its {MANIFEST} tells of; push it again."
-            )
+            raise EvoViTError(f"{repository.name} has no {name}, which its {MANIFEST} lists; push it again.")
     return manifest.parent
 
 
@@ -208,7 +206,7 @@ def _built(found: Mapping[str, Any], saved: Mapping[str, Tensor], what: str) -> 
     there = sum(value.numel() for value in saved.values())
     if needed > 2 * there:
         raise EvoViTError(
-            f"{what} tells of a host of {needed} weights and holds {there}; save the model again."
+            f"{what} describes a host of {needed} weights but has {there}; save the model again."
         )
     model = build(found)
     kinds = {value.dtype for value in saved.values() if value.is_floating_point()}
@@ -274,7 +272,7 @@ def _read_state(folder: Path, name: str, content: Mapping[str, Any]) -> dict[str
     found = [path for path in places if path.is_file() and told and hash_file(path) == told]
     if told and not found:
         raise EvoViTError(
-            f"{shown(folder / name)} is missing, cut off or changed: {MANIFEST} tells another checksum. Save "
+            f"{shown(folder / name)} is missing, cut off or changed: {MANIFEST} has another checksum. Save "
             "the model again; a file of the Hub's cache is fetched again once it is removed."
         )
     return read_state_dict(found[0] if found else folder / name)

@@ -71,7 +71,7 @@ def push_to_hub(
             save_reduced(model, folder, host=host, host_options=host_options)
             return _push(model, Path(folder), repository, private, commit_message, create_pr, told)
     if host is not None or host_options:
-        raise EvoViTError("host is for a model in hand; a folder tells its own.")
+        raise EvoViTError("host is for a model object; a folder has its own, so leave host out.")
     place = as_path(model, "model")
     return _push(load_reduced(place), place, repository, private, commit_message, create_pr, told)
 
@@ -89,8 +89,8 @@ def _push(
     manifest = read_manifest(folder / MANIFEST)
     if not manifest["build"] or not manifest["files"]:
         raise EvoViTError(
-            f"This {shown(manifest.get('host'))} does not tell how it is built, so nobody could load it; "
-            "give host=, timm's name of it, with host_options=, its arguments."
+            f"This {shown(manifest.get('host'))} does not say how it is built, so it could not be loaded; "
+            "give host=, its timm name, and host_options=, its arguments."
         )
     card = write_card(reduced, repository.name, manifest, **told)  # before anything is created
     there = hub.create(repository, private)

@@ -96,7 +96,7 @@ def bench(
         load=load,
     )
     if trace is not None and len(settings) > 1:
-        raise EvoViTError(f"--trace writes one comparison, and {len(settings)} are asked for; give one.")
+        raise EvoViTError(f"--trace writes one comparison, but these are {len(settings)}; give one.")
     make_folder(out)
     if trace is not None:
         make_folder(as_path(trace, "trace").parent)

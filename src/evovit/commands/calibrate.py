@@ -75,7 +75,7 @@ def calibrate(
         photographs = torch.randn(RANDOM_IMAGES, *shape, generator=torch.Generator().manual_seed(0))
         print(
             f"evovit: without --images the masks are found on {RANDOM_IMAGES} random images: "
-            "they tell nothing about photographs"
+            "they say nothing about photographs"
         )
     else:
         photographs = read_photographs(images, prepared, count)

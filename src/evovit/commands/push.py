@@ -47,7 +47,7 @@ def push(
     place = folder / "model" if is_run else folder
     if is_run and not (place / MANIFEST).is_file():
         raise EvoViTError(
-            f"{shown(folder)} is a run without a reduced model at its end; give one that has it."
+            f"{shown(folder)} is a run that did not end with a reduced model; give one that did."
         )
     rows = []
     if measured is not None:

@@ -47,6 +47,6 @@ def recipes(
         return
     path = to if to.suffix == ".toml" else to / source.name
     if path.exists():
-        raise EvoViTError(f"{str(path)!r} is there already and is not overwritten; give another --to.")
+        raise EvoViTError(f"{str(path)!r} exists already and is not overwritten; give another --to.")
     write_text(path, source.read_text(encoding="utf-8"))
     print(f"{path} written; train it with: evovit train {path}")

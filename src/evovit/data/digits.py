@@ -91,7 +91,7 @@ def digit_scenes(
         )
     except RuntimeError as error:
         raise EvoViTError(
-            f"{num_scenes} scenes of {size} x {size} pixels do not fit into memory; ask for fewer."
+            f"{num_scenes} scenes of {size} x {size} pixels do not fit into memory; draw fewer."
         ) from error
     for start in range(0, num_scenes, CHUNK):
         part = _draw(source, min(CHUNK, num_scenes - start), size, num_fragments, rng)

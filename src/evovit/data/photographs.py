@@ -72,7 +72,7 @@ def open_picture(source: str | Path | IO[bytes] | Image.Image, name: str = "") -
     except Image.DecompressionBombError as error:
         raise _too_large(name) from error
     except UnidentifiedImageError as error:
-        raise EvoViTError(f"{name} is no image that Pillow reads; give a JPEG or PNG file.") from error
+        raise EvoViTError(f"{name} is not an image that Pillow reads; give a JPEG or PNG file.") from error
     except (EvoViTError, MemoryError):
         raise
     except Exception as error:  # Pillow raises many kinds for damaged files
@@ -104,7 +104,7 @@ def prepared(picture: Image.Image, preprocessing: Mapping[str, Any], title: str 
     if picture.width * scale[0] * picture.height * scale[1] > MOST_PIXELS:
         raise EvoViTError(
             f"{title or 'The image'} has {picture.width} x {picture.height} pixels, too narrow to be resized "
-            f"to {width} x {height}; cut it first."
+            f"to {width} x {height}; crop it first."
         )
     fill = tuple(round(255 * value) for value in preprocessing["mean"])
     left, top, right, bottom = map(round, box)
@@ -196,7 +196,7 @@ def open_photographs(what: str, preprocessing: Mapping[str, Any], most: int) -> 
     channels, height, width = preprocessing["input_size"]
     if channels != 3 or height != width:
         raise EvoViTError(
-            f"The model takes {channels} x {height} x {width} values, and digit scenes are squares of three "
+            f"The model takes {channels} x {height} x {width} values, but digit scenes are squares of three "
             "colours; give a folder of images."
         )
     scenes = digit_scenes("test", most, size=height, seed=TEST_SEED)

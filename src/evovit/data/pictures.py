@@ -163,7 +163,7 @@ class PictureImages(Images):
         limit = self.recipe.data.max_corrupt
         if len(self.unreadable) > limit:
             raise EvoViTError(
-                f"{len(self.unreadable)} images cannot be read, data.max_corrupt is {limit}; the last: "
+                f"{len(self.unreadable)} images cannot be read, but data.max_corrupt is {limit}; the last: "
                 f"{item.path} ({item.why})."
             )
 

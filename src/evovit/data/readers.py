@@ -25,7 +25,7 @@ def open_reader(source: str, split: str) -> Any:
     if source.lower().startswith("wds/"):
         return ShardReader(as_path(source[4:], "data.source"), split)
     if Path(split).is_absolute() or ".." in Path(split).parts or Path(split) == Path():
-        raise EvoViTError(f"The split {shown(split)} is no sub-folder of {shown(Path(source))}; name one.")
+        raise EvoViTError(f"The split {shown(split)} is not a sub-folder of {shown(Path(source))}; name one.")
     place = as_path(Path(source) / split, "data.source with its split")
     if not place.exists():
         inside = sorted(path.name for path in Path(source).iterdir()) if Path(source).is_dir() else []

@@ -40,7 +40,7 @@ class ShardReader:
     def __init__(self, folder: Path, split: str) -> None:
         if not split or set(split) & set("*?[]/\\"):
             raise EvoViTError(
-                f"The split {shown(split)} is no part of a file's name; give one, such as train."
+                f"The split {shown(split)} cannot be part of a file's name; give one that can, such as train."
             )
         self.shards = sorted(path for path in folder.glob(f"*{split}*.tar") if path.is_file())
         if not self.shards:

@@ -50,7 +50,7 @@ class Plan:
         images = torch.empty(0) if self.calibration is None else self.calibration
         whole = [images[start : start + each] for start in range(0, len(images) - each + 1, each)]
         if not whole:
-            raise EvoViTError(f"int8 reads the range of activations from images; give {each} or more.")
+            raise EvoViTError(f"int8 needs images to find the range of activations; give {each} or more.")
         return whole
 
 
@@ -77,7 +77,7 @@ class Engine(ABC):
         missing = [name for name in self.needs if find_spec(name) is None]
         if missing:
             raise EvoViTError(
-                f"{self.name} needs {listed(missing)}, which is not installed; "
+                f"{self.name} needs {' and '.join(missing)}, not installed here; "
                 f"use: pip install 'evovit[{self.extra}]'."
             )
         check_choice("precision", precision, PRECISIONS)

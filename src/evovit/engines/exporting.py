@@ -126,9 +126,9 @@ def _expect_prepared(name: str, images: Any, shape: Sequence[int]) -> None:
             f"{name} is {given}; give prepared images, a tensor (N, {', '.join(map(str, shape))})."
         )
     if not images.is_floating_point() or len(images) == 0:
-        raise EvoViTError(f"{name} holds {len(images)} images of {images.dtype}; give floating-point images.")
+        raise EvoViTError(f"{name} has {len(images)} images of {images.dtype}; give floating-point images.")
     if images.is_meta or not images.isfinite().all():
-        raise EvoViTError(f"{name} holds values that are not finite, or none; give prepared images.")
+        raise EvoViTError(f"{name} is empty, or has values that are not finite; give prepared images.")
 
 
 def _expect_same(folder: Path, prepared: Mapping[str, Any]) -> None:
@@ -136,7 +136,7 @@ def _expect_same(folder: Path, prepared: Mapping[str, Any]) -> None:
     path = folder / PREPROCESSING
     if path.exists() and read_json(path, "evovit") != json.loads(json.dumps(prepared)):
         raise EvoViTError(
-            f"{shown(folder)} holds an export that prepares images otherwise; give another folder."
+            f"{shown(folder)} has an export with another preprocessing of images; give another folder."
         )
 
 

@@ -34,7 +34,7 @@ class Exported:
         """Return what runs the file, on so many CPU threads; None: as many as the engine likes."""
         self.engine.expect_ready(self.precision)
         if not self.path.is_file():
-            raise EvoViTError(f"There is no {shown(self.path)}, of which {RECORD} tells; export it again.")
+            raise EvoViTError(f"There is no {shown(self.path)}, which {RECORD} names; export it again.")
         try:
             return self.engine.load(self.path, threads)
         except EvoViTError:

@@ -62,7 +62,7 @@ def prove(
         if precision == "fp32" and proof["same_kept"] < 1:
             other = 1 - proof["same_kept"]
             raise EvoViTError(
-                f"{what} keeps other tokens than the model on {other:.0%} of the images; no file is kept."
+                f"{what} keeps different tokens than the model on {other:.0%} of the images; no file is kept."
             )
     return proof
 

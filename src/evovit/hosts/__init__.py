@@ -46,7 +46,7 @@ def checked_options(options: Mapping[str, Any], what: str = "model.options") -> 
     """
     for key in options:
         if key in ELSEWHERE:
-            raise EvoViTError(f"{what} has {key}, which is said elsewhere: set {ELSEWHERE[key]}.")
+            raise EvoViTError(f"{what} has {key}, which is set elsewhere: use {ELSEWHERE[key]}.")
         if key in TIMMS_OWN:
             raise EvoViTError(f"{what} has {key}, which says nothing about a host; leave it out.")
     return checked_arguments(options)
@@ -93,7 +93,7 @@ def create_host(
     except Exception as error:  # a constructor given a stranger's options raises what it likes
         if pretrained and isinstance(error, OSError | RuntimeError):
             told = f"{type(error).__name__}: {in_one_line(error)}"
-            raise EvoViTError(f"{what}: the weights of {name} cannot be had ({told}).") from error
+            raise EvoViTError(f"{what}: the weights of {name} cannot be loaded ({told}).") from error
         raise refusal(f"timm cannot make {name}", options, error) from error
 
 

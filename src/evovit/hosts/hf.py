@@ -53,7 +53,7 @@ def create_hf(name: str, options: Mapping[str, Any], pretrained: bool, what: str
         config, unknown = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **asked)
     except Exception as error:  # no network, no folder, a file that is none
         raise EvoViTError(
-            f"{what} is {shown(name)}, and its config cannot be had ({type(error).__name__}: "
+            f"{what} is {shown(name)}, and its config cannot be loaded ({type(error).__name__}: "
             f"{in_one_line(error)}); give hf: and a Hub name or a folder with config.json."
         ) from error
     if unknown:

@@ -139,8 +139,8 @@ def default_subject(
     if images and all(image == "digits" for image in images):
         if not (QUICKSTART / "recipe.toml").is_file():
             raise EvoViTError(
-                f"No model is given, and there is no {shown(QUICKSTART)}; run evovit quickstart first, "
-                "a few minutes, or give --model."
+                f"No model is given, and there is no {shown(QUICKSTART)}; run evovit quickstart first "
+                "(a few minutes), or give --model."
             )
         return open_subject(str(QUICKSTART), variants, weights, pretrained)
     if weights:
@@ -148,10 +148,10 @@ def default_subject(
     log(f"No model is given: {DEFAULT} with its published weights, downloaded the first time.")
     try:
         if not pretrained and not _within_reach(DEFAULT):
-            raise EvoViTError(f"model: the weights of {DEFAULT} cannot be had (the Hub does not answer).")
+            raise EvoViTError(f"model: the weights of {DEFAULT} cannot be loaded (the Hub does not answer).")
         return open_subject(DEFAULT, variants, "", True)
     except EvoViTError as error:
-        if "cannot be had" not in str(error) or pretrained:
+        if "cannot be loaded" not in str(error) or pretrained:
             raise
         log(f"{error} Going on with random weights.")
         subject = open_subject(DEFAULT, variants)

@@ -252,7 +252,7 @@ def expect_grid(tokens: Tokens, spec: BackboneSpec, what: str) -> None:
     """Raise `EvoViTError` unless the tokens lie on the host's own grid; `what` begins the sentence."""
     if tokens.grid != spec.grid:
         raise EvoViTError(
-            f"{what} made for a grid of {spec.grid[0]} x {spec.grid[1]} patches and these images have "
+            f"{what} made for a grid of {spec.grid[0]} x {spec.grid[1]} patches, but these images have "
             f"{tokens.grid[0]} x {tokens.grid[1]}; wrap a host of this image size."
         )
 

@@ -81,8 +81,8 @@ class Cropr(Method):
             raise EvoViTError(f"router_heads is {heads}; allowed are divisors of the host's width, {dim}.")
         if config.auxiliary and config.num_queries > 1:
             raise EvoViTError(
-                f"num_queries is {config.num_queries}, and an auxiliary head learns from one; set auxiliary "
-                "to False to run routers that are trained."
+                f"num_queries is {config.num_queries}, but an auxiliary head learns from one; set auxiliary "
+                "to False to run trained routers."
             )
         self.keeps_grid = config.llf
         count = max(0, spec.depth - 1 - config.llf)

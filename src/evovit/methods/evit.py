@@ -90,7 +90,7 @@ class EViT(Method):
         if config.shrink is not None and not config.shrink[0] < config.shrink[1]:
             raise EvoViTError(f"shrink is {config.shrink!r}; give two rising shares of the training, 0 to 1.")
         if config.keep_per_block is not None and (config.keep is not None or config.shrink is not None):
-            raise EvoViTError("keep_per_block stands alone; leave keep and shrink out.")
+            raise EvoViTError("keep_per_block excludes keep and shrink; leave these out.")
         self.merges = config.rest == "squeeze"
         self.plan(config)
 

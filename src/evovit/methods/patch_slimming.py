@@ -60,7 +60,7 @@ class PatchSlimming(Method):
             ratios = tuple(1 - fall * (number + 1) for number in range(depth - 1)) + ratios[-1:]
         if list(ratios) != sorted(ratios, reverse=True):
             raise EvoViTError(
-                f"keep_ratio rises, {ratios}, and a patch that is gone does not return; let it fall."
+                f"keep_ratio is {ratios}, but a dropped patch does not return; let no value rise."
             )
         self.schedule = KeepSchedule(ratios, rounding=round)
 

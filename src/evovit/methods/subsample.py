@@ -67,7 +67,7 @@ class Subsample(Method):
         side, (rows, columns) = self.config.stride, tokens.grid
         if min(rows, columns) < side:
             raise EvoViTError(
-                f"stride is {side} and the grid of these images is {rows} x {columns}; give larger images, "
+                f"stride is {side}, but the grid of these images is {rows} x {columns}; give larger images, "
                 "or a smaller stride."
             )
         grid = tokens.patches.transpose(1, 2).unflatten(2, (rows, columns))  # type: ignore[no-untyped-call]

@@ -86,7 +86,7 @@ class ConvStem(nn.Module):
         if height % self.patch_size[0] or width % self.patch_size[1] or patch_size is not None:
             raise EvoViTError(
                 f"img_size is {height} x {width}; allowed are multiples of the patch's "
-                f"{self.patch_size[0]} pixels, which stay."
+                f"{self.patch_size[0]} pixels, which are fixed."
             )
         self.img_size, self.grid_size = (height, width), self.dynamic_feat_size((height, width))
         self.num_patches = self.grid_size[0] * self.grid_size[1]
@@ -203,7 +203,7 @@ class LVViT(VisionTransformer):  # type: ignore[misc]
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give both heads another number of classes."""
         if global_pool not in (None, "token"):
-            raise EvoViTError(f"global_pool is {global_pool!r}; LV-ViT's heads take 'token' alone.")
+            raise EvoViTError(f"global_pool is {global_pool!r}; LV-ViT's heads take only 'token'.")
         super().reset_classifier(num_classes)
         self.aux_head = self._fresh_aux_head()
 

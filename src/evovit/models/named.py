@@ -97,7 +97,7 @@ def own_options(pretrained: bool, kwargs: dict[str, Any], what: str, call: str) 
         )
     if kwargs.pop("features_only", False):
         raise EvoViTError(
-            "features_only is True, and a reduced model gives its maps by evovit.features; create it without "
+            "features_only is True, but a reduced model gives its maps by evovit.features; create it without "
             "and wrap it: evovit.features(model, out_indices=...)."
         )
     own = checked_arguments(kwargs)

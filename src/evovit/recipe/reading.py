@@ -47,7 +47,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = as_path(path, "The recipe")
     if path.exists() and not path.is_file():  # a folder, or a pipe, which would wait for ever
-        raise EvoViTError(f"The recipe {shown(path)} cannot be read: it is no file.")
+        raise EvoViTError(f"The recipe {shown(path)} cannot be read: it is not a file.")
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -103,7 +103,7 @@ def check_together(recipe: Recipe) -> None:
         raise EvoViTError("objective.teacher_weights is given without objective.teacher; give both.")
     if data.token_labels and (not goal.token_label_weight or data.mixup or data.cutmix):
         raise EvoViTError(
-            "data.token_labels needs objective.token_label_weight, and neither data.mixup nor data.cutmix."
+            "data.token_labels needs objective.token_label_weight, without data.mixup and data.cutmix."
         )
     if goal.mix_token and (data.mixup or data.cutmix):
         raise EvoViTError(
@@ -129,7 +129,7 @@ def check_together(recipe: Recipe) -> None:
 
 def _table(name: str, content: Any) -> Any:
     if not isinstance(content, dict):
-        raise EvoViTError(f"{name} is {shown(content)}; it is a table: [{name}].")
+        raise EvoViTError(f"{name} is {shown(content)}; give a table, [{name}].")
     if name == "method":
         method = content.get("name", DENSE)
         options = {key: value for key, value in content.items() if key != "name"}
@@ -161,14 +161,14 @@ def as_toml(value: Any, what: str, depth: int = 0) -> Any:
     if hasattr(value, "tolist") and not getattr(value, "is_meta", False):  # of NumPy or PyTorch
         value = value.tolist()
     if isinstance(value, str) and not is_text(value):
-        raise EvoViTError(f"{what} holds {shown(value)}, which no file can hold as text; change it.")
+        raise EvoViTError(f"{what} has {shown(value)}, which cannot be written as text; change it.")
     if isinstance(value, dict):
         return {as_toml(str(key), what): as_toml(item, what, depth + 1) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [as_toml(item, what, depth + 1) for item in value]
     if value is not None and not isinstance(value, bool | int | float | str | date | time):
         raise EvoViTError(
-            f"{what} holds {shown(value)}, which has no place in a recipe; a recipe has text, numbers, true, "
+            f"{what} has {shown(value)}, which a recipe cannot contain; allowed are text, numbers, true, "
             "false, dates, lists and tables."
         )
     return "none" if value is None else value
@@ -179,14 +179,14 @@ def check_finite(value: Any, what: str) -> None:
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         check_finite(item, what)
     if isinstance(value, float) and not math.isfinite(value):
-        raise EvoViTError(f"{what} holds {value}; allowed are finite numbers.")
+        raise EvoViTError(f"{what} has {value}; allowed are finite numbers.")
 
 
 def check_different(seeds: Sequence[int]) -> None:
     """Raise `EvoViTError` where a seed is given twice."""
     twice = next((seed for i, seed in enumerate(seeds) if seed in seeds[:i]), None)
     if twice is not None:
-        raise EvoViTError(f"seeds have {twice} twice; give each once.")
+        raise EvoViTError(f"seeds lists {twice} twice; give each once.")
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

@@ -96,7 +96,7 @@ def write_report(folder: Path, records: Sequence[Record]) -> Path:
     odd = next((record for record in records if not is_whole(record)), None)
     if odd is not None:
         raise EvoViTError(
-            f"{shown(folder / 'rows.jsonl')} has {shown(odd)}, no row of a bench; move it away."
+            f"{shown(folder / 'rows.jsonl')} has {shown(odd)}, not a row of evovit bench; move it away."
         )
     newest = {json.dumps([record.get(key) for key in IDENTITY]): record for record in records}
     groups: dict[str, list[Record]] = {}

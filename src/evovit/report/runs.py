@@ -110,7 +110,7 @@ def read_groups(places: Sequence[Path]) -> list[Group]:
         odd = next((epoch for epoch in epochs if not is_epoch(epoch)), None)
         if odd is not None:
             raise EvoViTError(
-                f"{shown(folder / EPOCHS)} holds {shown(odd)}, no epoch of a training; move it away."
+                f"{shown(folder / EPOCHS)} has {shown(odd)}, not an epoch of a training; move it away."
             )
         recipe = read_recipe(folder / "recipe.toml")
         key = replace(recipe, run=replace(recipe.run, seed=0)).to_toml()
@@ -150,7 +150,7 @@ def read_gmacs(folder: Path, recipe: Recipe) -> float:
     if "gmacs" in written:
         found = written["gmacs"]
         if type(found) not in (int, float) or not 0 <= found < MOST_GMACS:
-            raise EvoViTError(f"gmacs in {shown(path)} is {shown(found)}, no number of them; move it away.")
+            raise EvoViTError(f"gmacs in {shown(path)} is {shown(found)}, not such a number; move it away.")
         return float(found)
     classes = recipe.model.num_classes or check_count(
         "num_classes", written.get("num_classes", CLASSES), 1, MOST

@@ -43,7 +43,7 @@ def as_path(value: Any, what: str) -> Path:
         pass
     except (TypeError, ValueError, OSError) as error:
         why = error.strerror if isinstance(error, OSError) else in_one_line(error)
-        raise EvoViTError(f"{what} is {shown(value)}, which is no path ({why}); give another.") from error
+        raise EvoViTError(f"{what} is {shown(value)}, which is not a path ({why}); give another.") from error
     return path
 
 
@@ -142,7 +142,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     """
     try:
         if not path.is_file():  # a pipe would wait for ever
-            raise ValueError("it is no file")
+            raise ValueError("it is not a file")
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("it holds no table")
@@ -174,12 +174,12 @@ def read_tensors(path: Path, what: str) -> Any:
     said = f"{shown(path)} cannot be read"
     try:
         if not path.is_file():  # a pipe would wait for ever
-            raise EvoViTError(f"{said}: it is no file.")
+            raise EvoViTError(f"{said}: it is not a file.")
         if path.suffix == ".safetensors":
             return load_file(path)
         with path.open("rb") as file:
             if not file.read(2).startswith(PYTORCHS):
-                raise EvoViTError(f"{said} as {what}: it is no file of PyTorch (a page, or Git LFS's?).")
+                raise EvoViTError(f"{said} as {what}: it is not a PyTorch file (a web page or Git LFS?).")
         return _load_plain(path)
     except EvoViTError:
         raise
@@ -187,7 +187,7 @@ def read_tensors(path: Path, what: str) -> Any:
         raise EvoViTError(f"{said} as {what} (cut off or damaged?): {in_one_line(error)}.") from error
     except Exception as error:  # pickle.UnpicklingError and what broken pickles raise
         raise EvoViTError(
-            f"{said} for safety: {PLAIN_ONLY}; take a .safetensors file, or one that holds tensors alone."
+            f"{said} for safety: {PLAIN_ONLY}; take a .safetensors file, or one with tensors only."
         ) from error
 
 
@@ -218,7 +218,7 @@ def plain_state_dict(content: Any, what: str) -> dict[str, Tensor]:
             content = content[key]
             break
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise EvoViTError(f"{what} holds no state dict (tensors by name, or such under 'model').")
+        raise EvoViTError(f"{what} has no state dict (tensors by name, also under 'model' or 'state_dict').")
     for key, value in content.items():
         check_plain(value, f"{shown(key)} in {what}")
     return {str(key).removeprefix("module."): value for key, value in content.items()}
@@ -227,7 +227,7 @@ def plain_state_dict(content: Any, what: str) -> dict[str, Tensor]:
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file; raises `EvoViTError` where it cannot be read."""
     if path.exists() and not path.is_file():  # a pipe would wait for ever
-        raise EvoViTError(f"{shown(path)} cannot be read: it is no file.")
+        raise EvoViTError(f"{shown(path)} cannot be read: it is not a file.")
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -308,8 +308,8 @@ def told(folder: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.strerror:
             said = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         raise EvoViTError(
-            f"{str(folder)!r} cannot be written ({said}); what was written before is whole: make room there, "
-            "or let this user write, and give the same command again."
+            f"{str(folder)!r} cannot be written ({said}); earlier files are intact: make room there, or give "
+            "this user write permission, and run the same command again."
         ) from error
 
 
@@ -320,7 +320,7 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EvoViTError(
-            f"No folder can be made at {shown(path)} ({error.strerror}); give a folder."
+            f"The folder {shown(path)} cannot be created ({error.strerror}); give another."
         ) from error
     if not os.access(path, os.W_OK):
         raise EvoViTError(f"This user may not write into {shown(path)}; give another folder.")

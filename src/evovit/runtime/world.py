@@ -81,7 +81,7 @@ def join_world(device: str) -> Iterator[World]:
         if _is_of_communication(error):
             raise EvoViTError(
                 f"Another of the {size} processes has ended or cannot be reached ({_reason(error)}); see "
-                "what it said, and give the same command again."
+                "its output, and run the same command again."
             ) from error
         raise
     finally:
@@ -96,7 +96,7 @@ def _meet(backend: str, size: int) -> None:
             f"WORLD_SIZE is {size}, but MASTER_ADDR is missing; start the processes with torchrun."
         )
     if not _is_address(address := os.environ["MASTER_ADDR"]):
-        raise EvoViTError(f"MASTER_ADDR is {shown(address)}, no name of a machine: torchrun sets it.")
+        raise EvoViTError(f"MASTER_ADDR is {shown(address)}, not the name of a machine: torchrun sets it.")
     try:
         store, rank, _ = next(rendezvous("env://", timeout=JOINING))
         distributed.init_process_group(backend, store=store, rank=rank, world_size=size)

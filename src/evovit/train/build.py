@@ -71,14 +71,14 @@ def check_budgets_of(recipe: Recipe) -> None:
     }
     for name, given in others.items():
         if run.budgets and given:
-            raise EvoViTError(f"run.budgets does not go with {name}; leave one of them out.")
+            raise EvoViTError(f"run.budgets cannot be combined with {name}; leave one out.")
 
 
 def host_options(recipe: Recipe, num_classes: int) -> dict[str, Any]:
     """Return the arguments with which a recipe creates its host."""
     table = recipe.model
     if "num_classes" in table.options:
-        raise EvoViTError("model.options has num_classes, which is said elsewhere: set model.num_classes.")
+        raise EvoViTError("model.options has num_classes, which is set elsewhere: use model.num_classes.")
     drop_path = {"drop_path_rate": table.drop_path} if table.drop_path else {}
     return {"num_classes": num_classes} | table.options | drop_path
 

@@ -63,7 +63,7 @@ def saved_model(name: str, images: Path | None, overrides: Sequence[str]) -> Tes
     model = load_reduced(name)
     prepared = read_preprocessing(model.model, backbone_of(model).image_shape)
     if not prepared:
-        raise EvoViTError(f"{shown(name)} does not tell how images are prepared; give a run, or a timm name.")
+        raise EvoViTError(f"{shown(name)} does not say how images are prepared; give a run, or a timm name.")
     recipe = parse_recipe(overridden(_tables(name, images, prepared["crop_pct"]), overrides))
     resize = {key: prepared[key] for key in ("interpolation", "crop_mode")}
     opened = open_images(recipe, image_side(model), colours_in(prepared), resize)

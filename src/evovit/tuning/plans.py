@@ -75,7 +75,7 @@ def choose_methods(texts: Sequence[str], spec: BackboneSpec) -> list[Plan]:
         cls = find_method(name)
         if not issubclass(cls.Config, ScheduledConfig):
             able = [each for each in list_methods() if issubclass(find_method(each).Config, ScheduledConfig)]
-            raise EvoViTError(f"{name} takes no schedule of one count per block; choose {listed(able)}.")
+            raise EvoViTError(f"{name} cannot take one count per block; choose {listed(able)}.")
         options = fitted(cls, options, spec.depth)
         whole = math.prod(spec.grid)
         counts = (*(whole,) * (spec.depth - 1), whole - whole // 2)

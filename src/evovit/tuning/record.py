@@ -54,8 +54,8 @@ def read_tuned(folder: str | Path) -> Tuned:
     path = as_path(folder, "the folder of evovit tune") / TUNED
     if not path.is_file():
         raise EvoViTError(
-            f"There is no {shown(path)}; give a folder that evovit tune wrote. Of an older one, the same "
-            "command again writes it, from the tables it has."
+            f"There is no {shown(path)}; give a folder that evovit tune wrote. For an older one, run "
+            "the same command again: it writes the file from the tables there."
         )
     try:
         record = _Record.model_validate(read_json(path, "evovit"))
