@@ -72,7 +72,7 @@ def test_random_weights_and_parameters_are_the_same_for_all_visitors() -> None:
     wish = Wish(model="small_vit", methods=("dynamic_vit:blocks=[2],keep_ratio=0.5",))
     one, other = (Workbench().look(wish, DIGIT) for _ in range(2))
     assert torch.equal(one.looks[0].reduced.vector, other.looks[0].reduced.vector)
-    assert any("has parameters of its own, which are not trained" in note for note in one.notes)
+    assert any("has parameters of its own, which are untrained" in note for note in one.notes)
     assert one.looks[0].photograph.title == "digit 2"
 
 
@@ -113,7 +113,7 @@ def test_a_saved_model_has_a_method_of_its_own(tmp_path: Path) -> None:
 
 def test_times_are_taken_in_turn_and_said_to_be_disturbed(bench: Workbench) -> None:
     seen = bench.look(Wish(model="small_vit", methods=("evo_vit", "tome:r=8")), CHINA)
-    assert all(look.cost.ms is None for look in seen.looks) and "Being timed" in fragment(
+    assert all(look.cost.ms is None for look in seen.looks) and "Timing ..." in fragment(
         condition_parts(seen)
     )
     timed = bench.timed(seen, seconds=0.0)
@@ -223,11 +223,11 @@ def test_every_view_of_a_block_is_a_picture_with_words(bench: Workbench) -> None
     seen = bench.look(Wish(model="small_vit", methods=("evo_vit", "tome:r=8", "sit:blocks=[1]")), picked)
     html = {view: fragment(picture_parts(seen, 99, view)) for view in VIEWS}
     assert len({*html.values()}) == 3 and all(each.count("<img") == 1 for each in html.values())
-    assert "block 7" in html[KEPT] and "Bright patches go on" in html[KEPT]
+    assert "block 7" in html[KEPT] and "Bright patches are kept" in html[KEPT]
     assert "ranks nothing here" in html[RANKED] and "80 x 40 pixels" in html[WHOLE]
     assert "&lt;b&gt;mine" in html[KEPT] and "<b>mine" not in "".join(html.values())
     tiles = fragment(comparison_parts(seen, 3, KEPT))
-    assert tiles.count("<img") == 3 and "none of a place" in tiles
+    assert tiles.count("<img") == 3 and "tokens without places" in tiles
     notes = text_of(fragment(note_parts(seen)))
     assert RANDOM in notes and "Token merging" in notes and "small_vit, random weights" in notes
 

@@ -225,7 +225,7 @@ def visit(browser: Any, address: str) -> Iterator[Any]:
 def test_the_page_shows_china_at_once_and_times_it(visit: Any) -> None:
     visitor = visit()
     assert visitor.page.title() == "evovit" and visitor.picture().startswith("china, what it keeps, block 6")
-    assert "Dense is here the reduced model" in visitor.text("#notes")
+    assert "Here, dense means the reduced model" in visitor.text("#notes")
     text = visitor.until("#conditions", "rounds in turn")
     assert (
         "other visitors and other programs on this machine disturb it" in text
@@ -333,7 +333,7 @@ def test_methods_side_by_side(visit: Any) -> None:
 def test_a_search_is_shown(visit: Any) -> None:
     visitor = visit()
     visitor.page.get_by_role("tab", name="Tuned").click()
-    visitor.until("#found", "Wished 1.20x")
+    visitor.until("#found", "Target 1.20x")
     assert visitor.page.locator("#found img").evaluate("image => image.naturalWidth") > 500
     visitor.choose("#search", "nowhere")
     visitor.until("#found", "There is no 'nowhere/tuned.json'")
@@ -344,7 +344,7 @@ def test_nothing_is_cut_off_on_desktop_and_phone_in_light_and_dark(visit: Any) -
     visitor.until("#conditions", "rounds in turn")
     for tab, ready in (("Look", "#conditions"), ("Compare", "#compare-conditions"), ("Tuned", "#found")):
         visitor.page.get_by_role("tab", name=tab).click()
-        visitor.until(ready, "rounds in turn|Wished")
+        visitor.until(ready, "rounds in turn|Target")
         for viewport, scheme in product((DESKTOP, PHONE), ("light", "dark")):
             visitor.page.set_viewport_size(viewport)
             visitor.page.emulate_media(color_scheme=scheme)

@@ -102,7 +102,7 @@ def test_a_timm_model_on_the_two_samples_says_what_is_left_out(
     said, html = capsys.readouterr().out, (tmp_path / "analysis.html").read_text()
     assert "test_vit has random weights" in said
     assert "No CKA with the final class token: fewer than 32 images" in said
-    assert "Left out: linear CKA of fewer than 32 images" in html and "Nothing is reduced" in html
+    assert "Left out: linear CKA over fewer than 32 images" in html and "Nothing is reduced" in html
     assert not (tmp_path / "cka.png").exists() and not (tmp_path / "scores.png").exists()
 
 
@@ -130,7 +130,7 @@ def test_a_saved_model_without_class_token_and_without_scores(tmp_path: Path) ->
 
 def test_a_model_whose_tokens_have_no_places(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tell("test_vit", "digits", "--method", "sit:blocks=[0]", "--count", 33, "--out", tmp_path)
-    assert "cannot be told" in capsys.readouterr().out
+    assert "cannot be compared" in capsys.readouterr().out
     assert "Left out: the tokens of this method have no places." in (tmp_path / "analysis.html").read_text()
 
 

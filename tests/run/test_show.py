@@ -53,7 +53,7 @@ def test_a_page_says_what_each_method_does_and_what_to_doubt(shown: Path) -> Non
     cells = timm.create_model("test_vit").patch_embed.num_patches
     kept = -(-cells // 2)
     assert f"{kept} of {cells} patches" in html and f"{cells} patches in {cells - 30} tokens" in html
-    assert "From block 1 on the tokens are mixtures of all patches, without places" in html
+    assert "From block 1 on, tokens are mixtures of all patches and have no places" in html
     assert "90 x 60 pixels; the model sees what is inside the frame" in html
 
 
@@ -117,7 +117,7 @@ def test_a_model_nobody_named_is_the_published_one_and_without_network_this_is_s
     assert asked == [*tried, ("deit_small_patch16_224", False)]
     html = (tmp_path / "out" / "show.html").read_text()
     assert RANDOM in html and "could not be downloaded" in html
-    assert "Going on with random weights." in capsys.readouterr().out
+    assert "Continuing with random weights." in capsys.readouterr().out
     with pytest.raises(SystemExit):
         tell("digits", "--out", tmp_path / "digits")
     assert "run evovit quickstart first" in capsys.readouterr().err

@@ -56,7 +56,7 @@ def method_table() -> str:
     rows = []
     for name in list_methods():
         found = _gmacs(name)
-        cost = f"{found:.2f} ({found / dense:.0%})" if found else "other hosts"
+        cost = f"{found:.2f} ({found / dense:.0%})" if found else "needs another host"
         rows.append(f"| [`{name}`]({name}.md) | {summary(name)} | {cost} |")
     head = ["| method | what it does | GMACs of DeiT-S, default options |", "|---|---|--:|"]
     return "\n".join([*head, *rows])
@@ -106,7 +106,7 @@ def cost(name: str) -> str:
     """Return the multiply-accumulates of a DeiT-S with a method, by default and at a few shares."""
     dense = _dense_gmacs()
     head = (
-        "## Cost\n\nMultiply-accumulates of one image of 224 pixels, counted by PyTorch. How fast that is on "
+        "## Cost\n\nMultiply-accumulates of one 224-pixel image, counted by PyTorch. To time it on "
     )
     head += f"your machine: `evovit bench {COUNTED} --method {name}`.\n\n"
     found = _gmacs(name)

@@ -33,8 +33,8 @@ USUAL = ("evo_vit", "evit", "tome")  # methods chosen at first
 ALONE = ("PyTorch", "")  # the engine where no exported file runs beside
 PREVIEW = 800  # pixels of the longer side of the photograph in its field
 NO_SEARCH = (
-    "No folder of evovit tune lies here. It finds the schedule that makes a model as fast as you wish: "
-    "evovit tune MODEL --target 1.5x --images photos. Then choose its folder."
+    "There is no folder of evovit tune here. This command finds the schedule that makes a model as fast as "
+    "you want: evovit tune MODEL --target 1.5x --images photos. Then choose its folder."
 )
 FAILS = (EvoViTError, OSError, MemoryError, RuntimeError)  # what `_said` makes a sentence of
 

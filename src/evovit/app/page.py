@@ -90,7 +90,7 @@ class Page:
             list(self.known.models),
             value=self.known.models[0],
             label="Model",
-            info="timm name, hf: and a name of transformers, or the folder of a run or a saved model",
+            info="a timm name, hf: and a Hub name, or the folder of a run or a saved model",
             elem_id="model",
             **self.free,
         )
@@ -122,7 +122,7 @@ class Page:
                 "",
                 label="Options",
                 placeholder="start_block=4, mode=stage",
-                info="option=value, option=value; evovit methods NAME lists them. Enter takes them.",
+                info="option=value, option=value; evovit methods NAME lists them. Press Enter to apply.",
                 elem_id="options",
             )
             with gr.Row():
@@ -130,7 +130,7 @@ class Page:
                     ["", *self.known.exports],
                     value="",
                     label="Folder of evovit export",
-                    info="a file of it then runs beside PyTorch",
+                    info="one of its files then runs beside PyTorch",
                     elem_id="export",
                     **self.free,
                 )
@@ -164,7 +164,7 @@ class Page:
             list(self.known.searches),
             value=next(iter(self.known.searches), None),
             label="Folder of evovit tune",
-            info="the same folder is a model of the first tab",
+            info="the same folder can be chosen as a model in the first tab",
             elem_id="search",
             **self.free,
         )

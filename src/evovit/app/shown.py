@@ -20,13 +20,13 @@ VIEWS = (KEPT, RANKED, WHOLE)
 PHONE = (4.2, 5.2)  # inches of a plot on a narrow page
 DISTURBED = (
     "Timed now, in turn, in the process that serves this page: other visitors and other programs on this "
-    "machine disturb it. evovit bench measures in peace."
+    "machine disturb it. Use evovit bench for undisturbed times."
 )
 
 
 def picked_parts(picked: Picked) -> list[Part]:
     """Return what is picked, in words."""
-    own = "" if picked.picture is not None else ", drawn anew at the size each model takes"
+    own = "" if picked.picture is not None else ", drawn at each model's image size"
     return [Quiet(f"{picked.title}{own}")]
 
 
@@ -67,11 +67,11 @@ def legend(look: Look, number: int, view: str) -> str:
     """Say what bright and dark mean."""
     block = look.blocks[min(number, len(look.blocks) - 1)]
     if view != RANKED:
-        return LEGENDS[kind_of(look)] if block.has_places else "Its tokens are mixtures of all patches here."
+        return LEGENDS[kind_of(look)] if block.has_places else "Here, its tokens are mixtures of all patches."
     what = (
         "What attention reads; the method ranks nothing here" if block.score is None else "What it ranks by"
     )
-    return f"{what}, from the least (dark) to the most (bright); a pale patch has no token."
+    return f"{what}, from least (dark) to most (bright); a pale patch has no token."
 
 
 def note_parts(seen: Seen) -> list[Part]:
@@ -94,7 +94,7 @@ def condition_parts(seen: Seen) -> list[Part]:
     """Return under which conditions the times were taken, and what makes them doubtful."""
     cost = seen.cost
     if cost.ms is None:
-        return [Quiet("Being timed ...")]
+        return [Quiet("Timing ...")]
     said = Quiet(f"{DISTURBED} {cost.conditions}. GMACs are 1e9 multiply-accumulates of one image.")
     return [*(Note(f"Note: {note}.") for note in cost.notes), said]
 

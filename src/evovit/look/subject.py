@@ -19,7 +19,7 @@ from evovit.train.tested import open_model
 
 DEFAULT = "deit_small_patch16_224"  # for who names no model
 QUICKSTART = Path("runs/quickstart/evo_vit")  # for digits
-RANDOM = "Random weights: what is kept here means nothing, and neither does what is answered."
+RANDOM = "Random weights: neither the kept patches nor the answers mean anything here."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +71,12 @@ def subject_of(
     told, is_own = list(notes), isinstance(model, ReducedViT) and not variants
     if preprocessing is None and not getattr(host, "pretrained_cfg", None):
         told.append(
-            "This model does not say how it takes images: its colours are normalised as those of ImageNet. "
+            "This model does not say how its images are prepared: colours are normalised as for ImageNet. "
             "Give preprocessing if that is wrong."
         )
     if isinstance(model, ReducedViT) and is_own:
         reduced = [model]
-        told.append("Dense is here the reduced model's weights with nothing reduced.")
+        told.append("Here, dense means the reduced model's weights with nothing reduced.")
     else:
         reduced = []
         for own in build_models(host, variants or (Variant("evo_vit"),), False, verify)[1:]:
@@ -84,7 +84,7 @@ def subject_of(
             reduced.append(own)
             if any(True for _ in own.method.parameters()):
                 told.append(
-                    f"{described(own)} has parameters of its own, which are not trained: what it keeps means "
+                    f"{described(own)} has parameters of its own, which are untrained: what it keeps means "
                     "nothing. Train it first (docs/training.md)."
                 )
     return Subject(
@@ -153,11 +153,11 @@ def default_subject(
     except EvoViTError as error:
         if "cannot be loaded" not in str(error) or pretrained:
             raise
-        log(f"{error} Going on with random weights.")
+        log(f"{error} Continuing with random weights.")
         subject = open_subject(DEFAULT, variants)
         note = (
-            "The published weights could not be downloaded. For a model that has learnt something without a "
-            "network: evovit quickstart, then evovit show digits."
+            "The published weights could not be downloaded. To see a trained model without a network "
+            "connection: evovit quickstart, then evovit show digits."
         )
         return replace(subject, notes=(*subject.notes, note))
 

@@ -190,7 +190,7 @@ def findings(found: Analysis) -> list[str]:
         said.append(agreement_sentence(found, matrix, where))
     else:
         said.append(
-            "How alike selections are cannot be told: fewer than two blocks select tokens with places."
+            "The selections cannot be compared: fewer than two blocks select tokens with places."
         )
     if len(found.moments) > 1:
         first = found.moments[0]
@@ -256,8 +256,8 @@ def parts_of(found: Analysis, sentences: Sequence[str], pictures: dict[str, Pict
     if "scores" in pictures:
         parts += [
             Paragraph(
-                "What the method itself ranks the patches by, in the blocks that select; a grey patch "
-                "has no score there."
+                "What the method itself ranks the patches by, in the blocks that select; grey patches "
+                "have no score there."
             ),
             pictures["scores"],
         ]
@@ -267,14 +267,14 @@ def parts_of(found: Analysis, sentences: Sequence[str], pictures: dict[str, Pict
     if "cka" in pictures:
         parts += [Paragraph(CKA_TEXT), pictures["cka"]]
     elif found.has_class_token:
-        parts.append(Note(f"Left out: linear CKA of fewer than {LEAST} images is high whatever they show."))
+        parts.append(Note(f"Left out: linear CKA over fewer than {LEAST} images is high for any images."))
     else:
         parts.append(Note("Left out: this model has no class token to compare with."))
     parts += [Heading("Figure 4b: how alike the queries are"), Paragraph(QUERY_TEXT), pictures["correlation"]]
     parts += [Heading("Figure 5: what is kept"), Paragraph(kept_text(found)), pictures["kept"]]
     nowhere = [block.number for block in found.measures.blocks if block.kept == 0]
     if nowhere:
-        parts.append(Note(f"From block {nowhere[0]} on the tokens have no places; none is darkened there."))
+        parts.append(Note(f"From block {nowhere[0]} on, tokens have no places; no patch is darkened there."))
     if found.other_views is not None:
         parts += [
             Paragraph(f"The same weights in {found.other_mode} mode, whatever mode they were trained in."),
@@ -299,8 +299,8 @@ def parts_of(found: Analysis, sentences: Sequence[str], pictures: dict[str, Pict
 CKA_TEXT = (
     "Linear CKA over the images, after each block. Informative: the tokens a block keeps; where it keeps "
     "all, the half with the highest global class attention (eq. 4, alpha 0.5) up to this block. Placeholder: "
-    "all others, with the values they have or had last. By chance: the class tokens of other images, as many "
-    "images and channels; only what lies above says anything."
+    "all others, with their current or last values. By chance: the same with the class tokens of other "
+    "images, for as many images and channels; only values above it mean anything."
 )
 QUERY_TEXT = (
     "Pearson correlation, over channels, of each patch token's query with the mean query of its image; mean "
@@ -310,7 +310,7 @@ AGREEMENT_TEXT = (
     "Jaccard index of the informative tokens of each two blocks, mean over images: 1 is the same patches. "
     "Blocks that share one selection (stage mode) have 1 by construction. Nothing reduced: the same weights "
     "with all tokens in every block, and the half that class attention up to each block would choose. Where "
-    "only those who take part get new scores, a selection can agree with itself more than attention does."
+    "only tokens that take part get new scores, selections can agree more than the attention does."
 )
 
 
@@ -319,8 +319,8 @@ def attention_text(found: Analysis) -> str:
     scaled = "Each map is scaled to its own largest value."
     if not found.has_class_token:
         return (
-            "This model has no class token; shown is the attention that each patch receives, mean over heads "
-            f"and over all tokens that ask (table 4, column mean). {scaled}"
+            "This model has no class token; the maps show the attention that each patch receives, mean over "
+            f"heads and over all queries (table 4, column mean). {scaled}"
         )
     absent = " A grey patch takes no part in the block." if found.method else ""
     return f"Attention of the class token to the patches (eq. 3), mean over heads. {scaled}{absent}"
@@ -330,6 +330,6 @@ def kept_text(found: Analysis) -> str:
     """Say what the pictures of kept patches are."""
     if found.method:
         mode = f", in {found.mode} mode" if found.mode else ""
-        return f"Bright patches take part in the block{mode}; the darkened ones wait, or are gone."
+        return f"Bright patches take part in the block{mode}; dark ones wait or were dropped."
     half = "global class attention" if found.has_class_token else "attention received"
-    return f"Nothing is reduced; bright is the half that {half} up to each block would choose."
+    return f"Nothing is reduced; the bright half is what {half} up to each block would choose."

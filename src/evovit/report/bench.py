@@ -22,11 +22,11 @@ from evovit.runtime.files import write_text
 GROUP = ("model", "image_size", "device_name", "dtype", "types", "batch", "task", "threads", "torch")
 IDENTITY = (*GROUP, "method", "options", "engine")
 INTRODUCTION = (
-    "Each group was measured in one process, the dense model and the reduced ones in turn. Speed-up is dense "
-    "time / time with the same engine, median over the rounds; the ceiling is the ratio of "
-    "multiply-accumulates; conversion is speed-up / ceiling. CPU ms is the time of the process on all "
-    "threads. Over eager: beside the dense model in PyTorch's eager mode and float32. Bold: a variant's best "
-    "engine."
+    "Each group was measured in one process, the dense model and the reduced ones in turn. Speed-up is the "
+    "dense model's time divided by the variant's with the same engine, median over the rounds; the ceiling "
+    "is the ratio of multiply-accumulates; conversion is speed-up / ceiling. CPU ms is the CPU time of the "
+    "process over all threads. 'Over eager' is the speed-up over the dense model in PyTorch's eager mode and "
+    "float32. A variant's best engine is bold."
 )
 CELLS: dict[str, Callable[[Record], str]] = {
     "variant": name_of,

@@ -20,7 +20,7 @@ def plot_group(group: Sequence[Record]) -> list[Picture]:
     """Draw times, speed-ups against their ceiling, and where the time goes."""
     times = _Bars([name_of(r) for r in group], "Time", "ms per step: median, p95")
     ratios = [r for r in group if name_of(r) != DENSE and r["speedup"] is not None]
-    speedups = _Bars([name_of(r) for r in ratios], "Speed-up", "times dense, same engine; red: ceiling")
+    speedups = _Bars([name_of(r) for r in ratios], "Speed-up", "over dense, same engine; red: ceiling")
     engines = list(dict.fromkeys(r["engine"] for r in group))
     half = 0.4 / len(engines)
     for r in group:

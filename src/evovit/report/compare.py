@@ -69,21 +69,21 @@ def _page(rows: Table, row: Row, seeds: int, accuracy: Picture, kept: Picture) -
         "evovit compare",
         [
             Paragraph(
-                f"All are trained with equal budgets; {seeds} seed{'s' if seeds > 1 else ''}, mean ± "
-                "standard deviation; 'of dense' is the difference to the dense model trained as long, seed "
-                "by seed, and 'paired error' its standard error from the test images, compared image by "
-                "image. 'Before' is each model as it starts, untrained."
+                f"All models are trained with equal budgets; {seeds} seed{'s' if seeds > 1 else ''}, mean ± "
+                "standard deviation. 'Of dense' is the difference to the dense model trained equally long, "
+                "seed by seed; 'paired error' is its standard error over the test images, compared image by "
+                "image. 'Before' is each model before this training."
             ),
             rows,
             Quiet(
                 f"Speed: {row.device}, {row.types}, batch {row.batch}, {row.engine}, {row.threads} threads, "
-                f"{row.rounds} rounds in turn; the ceiling is the ratio of multiply-accumulates."
+                f"{row.rounds} rounds in turn. The ceiling is the ratio of multiply-accumulates."
             ),
             *(Note(f"Note: {note}.") for note in row.notes),
             accuracy,
             Heading("What the last block sees"),
             Paragraph(
-                "Patches that take part in the last block are bright. Slots without a place are not shown."
+                "Patches that take part in the last block are bright. Tokens without a place are not shown."
             ),
             kept,
         ],

@@ -196,8 +196,8 @@ def findings(results: Sequence[Result], speed: Row, shares: Sequence[OnBox], bes
     if reducing:
         covered, kept, on_box, box = (sum(c) / len(reducing) for c in zip(*reducing, strict=True))
         found.append(
-            f"Of the patches on the digit {covered:.0%} are kept (by chance {kept:.0%}); of the kept "
-            f"patches {on_box:.0%} lie on the digit (by chance {box:.0%})."
+            f"Of the patches on the digit, {covered:.0%} are kept (by chance {kept:.0%}); of the kept "
+            f"patches, {on_box:.0%} lie on the digit (by chance {box:.0%})."
         )
     return found
 
@@ -221,9 +221,9 @@ def opening(
         )
     return [
         Paragraph(
-            "A small vision transformer and the same one as Evo-ViT, trained from scratch by one recipe: "
-            "same first weights, same scenes, same order. A scene holds one real handwritten digit among "
-            "fragments of others; the accuracy is that on scenes of digits never seen in training."
+            "A small vision transformer, dense and with Evo-ViT, both trained from scratch by one recipe: "
+            "same initial weights, same scenes, same order. A scene shows one real handwritten digit among "
+            "fragments of others; accuracy is measured on scenes of digits never seen in training."
         ),
         *map(Paragraph, sentences),
         Bars(
@@ -234,13 +234,13 @@ def opening(
             ]
         ),
         Quiet(
-            f"One training of each, seed {recipe.run.seed}: the whiskers are the standard error of {scenes} "
-            "test scenes. Another seed moves both by about a point: --seed 1 --out FOLDER trains it."
+            f"Each was trained once, with seed {recipe.run.seed}; the whiskers are the standard error over "
+            f"{scenes} test scenes. Another seed changes both by about a point: try --seed 1 --out FOLDER."
         ),
         Quiet(
             f"{NAME} on {results[0].device}, {results[0].dtype}; speed at batch {results[0].batch_size}, "
-            f"{speed.engine} PyTorch, the models timed in turn, medians of {speed.rounds} rounds. Another "
-            "machine gives other figures."
+            f"{speed.engine} PyTorch, the models timed in turn, medians of {speed.rounds} rounds. Other "
+            "machines give other figures."
         ),
         *(Note(f"Note: {note}.") for note in speed.notes),
     ]
@@ -259,7 +259,7 @@ def tiles_of(look: Look, box: Sequence[float] | None = None) -> list[tuple[Image
     found += [(each.picture, each.name, each.detail) for each in reducing]
     scored = next((block for block in look.blocks if block.score is not None), None)
     if scored is not None:
-        found.append((scored.draw_heat(found[0][0]), f"block {scored.number}", "the score it selects by"))
+        found.append((scored.draw_heat(found[0][0]), f"block {scored.number}", "the score it ranks by"))
     if box is None:
         return found
     return [(outlined(picture, box), name, detail) for picture, name, detail in found]
@@ -286,8 +286,8 @@ def digits_part(looks: Sequence[Look], drawn: Sequence[Sequence[tuple[Image.Imag
     parts: list[Part] = [
         Heading("What it keeps, and what it answers"),
         Paragraph(
-            "Bright patches take part in the blocks named; the dark ones are placeholders and wait. The red "
-            "box is the digit's; no model ever sees it. The bars are what both models answer."
+            "Bright patches take part in the blocks named; dark ones are placeholders and wait. The red box "
+            "marks the digit; no model ever sees it. The bars show what both models answer."
         ),
     ]
     for look, tiles in zip(looks, drawn, strict=True):
@@ -307,9 +307,9 @@ def photographs_part(looks: Sequence[Look]) -> list[Part]:
     return [
         Heading("The same on photographs"),
         Paragraph(
-            f"The model has learnt from digits only, and gets {IMAGE_SIZE} x {IMAGE_SIZE} pixels of each "
-            "photograph: its answers mean nothing here, and it keeps what digits taught it to look for. For "
-            "a model that knows photographs see the commands at the end of this page."
+            f"The model was trained on digits only and sees {IMAGE_SIZE} x {IMAGE_SIZE} pixels of each "
+            "photograph: its answers mean nothing here, and it keeps what looks like parts of digits. For "
+            "models trained on photographs, see the commands at the end of this page."
         ),
         Beside([as_tiles(tiles_of(look)) for look in looks]),
     ]
@@ -322,8 +322,8 @@ def numbers_part(results: Sequence[Result], shares: Sequence[OnBox]) -> list[Par
         Heading("All numbers"),
         table(COLUMNS, [result.cells() for result in results]),
         Paragraph(
-            "Kept patches and the digit's box: a patch lies on the digit if its centre lies in the box; "
-            "means over all test scenes."
+            "A patch lies on the digit if its centre lies in the digit's box; the shares are means over all "
+            "test scenes."
         ),
         table(("block", "digit patches kept", "chance", "kept patches on digit", "chance"), blocks),
     ]
@@ -336,11 +336,11 @@ def next_part(out: Path) -> list[Part]:
         Heading("What to do next"),
         Command(
             "evovit show photo.jpg --model deit_small_patch16_224 --pretrained",
-            "Look at a photograph of yours with a model that knows ImageNet (downloaded the first time).",
+            "Show your own photograph to a model trained on ImageNet (downloaded the first time).",
         ),
         Command(
             "evovit bench deit_small_patch16_224 --keep-ratio 0.3 0.5 0.7",
-            "Measure how much faster a larger model gets on this machine.",
+            "Measure how much faster a larger model becomes on this machine.",
         ),
         Command(
             f"evovit eval {run} --method tome:r=4 idle_vit",

@@ -79,7 +79,7 @@ def write_report(places: Sequence[Path], out: Path) -> str:
     curves = drawn(draw_curves(groups), "training loss and top-1 by epoch, a line per run")
     parts: list[Part] = [
         rows,
-        Paragraph("Mean ± standard deviation over seeds, of the last and of the best test; epoch s: median."),
+        Paragraph("Mean ± standard deviation over seeds, of the last and the best test; epoch s: median."),
         Heading("Curves"),
         curves,
     ]

@@ -151,7 +151,7 @@ def opening(subject: Subject, first: Sequence[Look]) -> list[Part]:
     """Return what holds for all photographs: model, methods, cost."""
     timed = next((look.cost for look in first if look.cost.ms is not None), None)
     parts: list[Part] = [
-        Paragraph(f"{subject.name}: each photograph goes through the model as it is (dense) and reduced.")
+        Paragraph(f"{subject.name}: each photograph is given to the dense model and to the reduced one.")
     ]
     parts += [Note(note) for note in subject.notes]
     parts += [Paragraph(f"{look.method}: {look.does}") for look in first]
@@ -160,15 +160,15 @@ def opening(subject: Subject, first: Sequence[Look]) -> list[Part]:
         parts.append(
             Quiet(
                 f"Times of one image on this machine, in this run: {timed.conditions}. GMACs are 1e9 "
-                "multiply-accumulates of one image. Another machine gives other times."
+                "multiply-accumulates of one image. Other machines give other times."
             )
         )
         parts += [Note(f"Note: {note}.") for note in timed.notes]
     if not subject.is_own:
         parts.append(
             Quiet(
-                "Weights trained without a method lose with it at first; training with it wins most of that "
-                "back (docs/training.md). Methods that merge need no training."
+                "Weights trained without a method lose accuracy with it at first; training with it recovers "
+                "most of that (docs/training.md). Methods that merge need no training."
             )
         )
     return parts
@@ -218,8 +218,8 @@ def sentence(look: Look) -> str:
     """Say what both models answer."""
     if not look.dense.top:
         return (
-            f"{look.method}: the model gives features, no classes; those of both have a cosine of "
-            f"{look.similarity:.3f} (1 is the same)."
+            f"{look.method}: the model gives features, not classes; dense and reduced features have a cosine "
+            f"similarity of {look.similarity:.3f} (1: the same)."
         )
     dense, ours = look.dense.top[0], look.reduced.top[0]
     same = look.reduced.share_of(dense.number) - dense.share
@@ -276,14 +276,14 @@ def blocks_of(look: Look, drawn: Sequence[Drawn], film: Picture | None) -> list[
     parts: list[Part] = [Subheading(f"{look.method}, block by block")]
     if tiles:
         shared = any(len(each.blocks) > 1 for each in drawn)
-        as_one = "Blocks one after another that keep the same are one picture." if shared else ""
+        as_one = "Successive blocks that keep the same patches share a picture." if shared else ""
         parts += [Paragraph(f"{LEGENDS[kind_of(look)]} {as_one}".strip()), Tiles(tiles)]
     nowhere = [block for block in look.blocks if not block.has_places]
     if nowhere:
         left = ", ".join(dict.fromkeys(str(block.tokens) for block in nowhere))
         parts.append(
             Paragraph(
-                f"From block {nowhere[0].number} on the tokens are mixtures of all patches, without places: "
+                f"From block {nowhere[0].number} on, tokens are mixtures of all patches and have no places: "
                 f"{left} are left of {nowhere[0].cells}."
             )
         )
@@ -293,18 +293,18 @@ def blocks_of(look: Look, drawn: Sequence[Drawn], film: Picture | None) -> list[
         Tile(jpeg(block.draw_heat(small), f"map of block {block.number}"), f"block {block.number}")
         for block in spread(scored or list(look.blocks), HEATS if scored else 4)
     ]
-    what = "What it ranks the patches by" if scored else "It ranks no patches. What attention reads"
-    scale = "dark to bright between the least and the largest value of each map; a pale patch has no token"
+    what = "What it ranks the patches by" if scored else "It ranks no patches; this is what attention reads"
+    scale = "from dark to bright between smallest and largest value of each map; a pale patch has no token"
     return [*parts, Paragraph(f"{what}, {scale}."), Tiles(heats)]
 
 
 LEGENDS = {
-    "kept": "Bright patches go on from the block, dark ones are dropped or wait, as the method says.",
+    "kept": "Bright patches are kept by the block; dark ones are dropped or wait, depending on the method.",
     "merged": (
-        "Patches of one colour within an outline are one token; a patch that stands alone looks as it is, "
-        "and a dark one is in no token."
+        "Patches of one colour within an outline are one token; a patch that is a token of its own is "
+        "unchanged, and a dark one is in no token."
     ),
-    "all": "It leaves every patch as it is.",
+    "all": "Every patch is kept as it is.",
     "nowhere": "",
 }
 

@@ -48,7 +48,7 @@ def drawn_blocks(look: Look) -> list[Drawn]:
 def counted(block: BlockLook) -> str:
     """Say how many patches a block keeps, or into how many tokens it merges them."""
     if not block.has_places:
-        return f"{block.tokens} tokens, none of a place"
+        return f"{block.tokens} tokens without places"
     kept = int(block.kept.sum())
     if block.groups is None:
         return f"{'all' if kept == block.cells else kept} of {block.cells} patches"

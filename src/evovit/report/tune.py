@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RANDOM = (
-    "No images were given: damage was measured on random ones, which says little. Give --images with a few "
-    "hundred photographs like those the model will see."
+    "No images were given, so damage was measured on random ones, which says little about photographs. Give "
+    "--images with a few hundred photographs like those the model will see."
 )
 
 
@@ -65,14 +65,14 @@ def draw_pareto(found: Tuned, size: tuple[float, float] = (9, 4.5)) -> Figure:
                     MARKS[number % len(MARKS)],
                     color=f"C{number % 10}",
                     fillstyle="none" if own else "full",
-                    label=plain(f"{method}, {'its own knob' if own else 'searched schedule'}"),
+                    label=plain(f"{method}, {'its own option' if own else 'searched schedule'}"),
                 )
     if found.best is not None:
         axes.plot(
             found.best.speedup, found.best.damage, "*", color="black", markersize=15, label="chosen", zorder=3
         )
     axes.axvline(1, color="grey", linestyle="-", label="dense")
-    axes.axvline(found.target, color="grey", linestyle="--", label="wished")
+    axes.axvline(found.target, color="grey", linestyle="--", label="target")
     axes.set(xlabel="speed-up over dense, measured in turn", ylabel=plain(found.conditions["measure"]))
     if min((one.damage for one in found.candidates), default=0) > 0:
         axes.set_yscale("log")
@@ -94,9 +94,9 @@ def latency_table(found: Tuned) -> Table:
 def answer_of(found: Tuned, top1: Sequence[str] = ()) -> list[Part]:
     """Return the answer in words, with what makes it doubtful."""
     conditions = found.conditions
-    wished = f"Wished {found.target:.2f}x. {conditions['clock']}; {conditions['images']} images."
+    target = f"Target {found.target:.2f}x. {conditions['clock']}; {conditions['images']} images."
     doubt = [Note(RANDOM)] if conditions["random_images"] else []
-    return [Paragraph(found.sentence), *map(Paragraph, top1), *doubt, Quiet(wished)]
+    return [Paragraph(found.sentence), *map(Paragraph, top1), *doubt, Quiet(target)]
 
 
 def parts_of(found: Tuned, top1: Sequence[str] = ()) -> list[Part]:
@@ -109,15 +109,18 @@ def parts_of(found: Tuned, top1: Sequence[str] = ()) -> list[Part]:
         candidates_table(found),
         Heading("Latency table"),
         Paragraph(
-            f"Time of the halves of a block and of the last block by rows; dense {latency.dense_ms:.3f} ms, "
-            f"of which {latency.rest_ms:.3f} ms lie outside the blocks. Noise: median absolute deviation."
+            "Time of the two halves of a block, and of the last block, by number of tokens (rows). The dense "
+            f"model takes {latency.dense_ms:.3f} ms, of which {latency.rest_ms:.3f} ms are outside blocks. "
+            "Noise is the median absolute deviation."
         ),
         latency_table(found),
     ]
     for name, sensitivity in found.sensitivity.items():
         parts += [
             Heading(f"Sensitivity of {name}"),
-            Paragraph("Damage where a block (row), and all after it, keep so many patch tokens (column)."),
+            Paragraph(
+                "Damage if this block (row), and all after it, keep this many patch tokens (column)."
+            ),
             table(
                 ("block", *map(str, sensitivity.counts)),
                 [
