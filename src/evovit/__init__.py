@@ -1,43 +1,43 @@
 """evovit: vision transformers that spend compute only where it matters.
 
-The map, from the ground up; imports go upwards in this list only.
+The parts of the package. A part imports from itself and from those above it in this list only.
 
-Model road: image -> tokens -> score -> select -> update -> head
-  errors       the one exception for wrong input, and the words its sentences share
+The model: image -> tokens -> score -> select -> update -> head
+  errors       the exception for all wrong input, and what its sentences share
   options      options declared once: type, range, default, meaning
   tokens       Tokens, the state between two blocks; QKV, Outputs, Taught
   ops          pure tensor functions: score, select, update, merge, mask, distance
   schedule     how many tokens each block keeps
-  backbones    one host family a file: embed, stages of block views, norm, head; check_adapter proves it
-  methods      one paper a file; the registry
+  backbones    adapters, one file per family of hosts: embed, views of blocks, norm, head; check_adapter
+  methods      the reduction methods, one file per paper; their registry
   budgets      one model at several keep ratios
-  intermediates  features after chosen blocks, by timm's contract; missing cells restored
-  model        ReducedViT, the loop; reduce_tokens, the door
+  intermediates  features after chosen blocks, with timm's interface; missing cells restored
+  model        ReducedViT, which runs a host's blocks by a method; reduce_tokens, which makes it
   calibration  static masks found on unlabelled images
   towers       reduced vision models in their places inside larger ones
-  feature_maps  a reduced model as a backbone of maps; the pyramid of ViTDet; how old each cell is
+  feature_maps  a reduced model as a backbone for dense tasks; the pyramid of ViTDet; how old each cell is
   models       named models, also in timm's registry
-  macs         multiply-accumulates of one image
+  macs         counts the multiply-accumulates of one image
   fuse         batch norms folded into the layers beside them
   slimming     heads and channels masked in training, then removed for good
   visualize    which patches were kept, as masks and pictures
-  analyse      what each block attends to, computes alike and keeps: figures 2, 4 and 5
+  analyse      what each block attends to and keeps, and how similar its tokens are: figures 2, 4 and 5
 
-Run road: recipe -> numbers
+Training, measuring and reporting: recipe -> numbers
   runtime      files, processes, seeds, environment
-  recipe       what a training is: tables, reading, and the recipes that come with the package
-  hosts        a host by its name, or one sentence
+  recipe       the settings of a training: tables, reading, and the recipes that come with the package
+  hosts        creates a host by its name
   data         images and labels: digit scenes, folders, shards
   checkpoints  save_reduced, load_reduced, push_to_hub; the authors' checkpoints
-  engines      a model written for ONNX Runtime, OpenVINO or PyTorch's own, proven against eager
-  bench        how fast: dense and reduced timed in turn
+  engines      exports for ONNX Runtime, OpenVINO and PyTorch's own engines, compared with eager mode
+  bench        benchmarks: dense and reduced models timed in turn
   train        the training of one recipe: build, objective, loop, checkpoints, records
-  tuning       a wished speed to a schedule: latency and sensitivity tables, search
+  tuning       finds a schedule for a target speed: latency and sensitivity tables, search
   study        several recipes trained, tested and timed side by side
-  look         one photograph, dense and reduced: what each block keeps, answers, costs
+  look         one photograph, dense and reduced: what each block keeps, the answers, the costs
   report       tables, plots and pages
   app          the web page of `evovit app`
-  commands     one file a command
+  commands     the commands, one file each
   cli          the command line
 """
 
@@ -81,7 +81,7 @@ if TYPE_CHECKING:
     from evovit.tuning.tune import tune as tune
     from evovit.visualize import kept_patches as kept_patches
 
-_HOMES = {  # a name is imported from its module when it is first asked for
+_HOMES = {  # a name is imported from its module when it is first used
     "EvoViTError": "errors",
     "FeatureNet": "feature_maps",
     "Outputs": "tokens",

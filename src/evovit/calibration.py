@@ -1,8 +1,8 @@
 """Masks of patch slimming, found on unlabelled images, from the last block up (Tang et al., 2022).
 
 Algorithm 1, from the last block up: score the patches of a block by what the answer reads of them, and keep
-as few of the best as leave the next block's output as it was, up to a tolerance. Nothing is trained, unless
-`epochs` asks for it.
+as few of the best as leave the next block's output as it was, up to a tolerance. Nothing is trained
+unless `epochs` is above 0.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ def calibrate(
         error: of the tokens that the next block keeps: "relative", squared difference over squared value;
             "squared", its mean.
         step: patches tried together.
-        epochs: passes over the images in which a block's own weights are trained, for each number of patches
-            tried, to lessen this error (paper: 3). It changes the host.
-        rate: learning rate of that, AdamW.
-        batch: images at once.
-        told: called after each block.
+        epochs: passes over the images that train a block's own weights, for each number of patches tried, to
+            reduce this error (paper: 3). This changes the host.
+        rate: learning rate of this training, by AdamW.
+        batch: images per forward.
+        told: a function that is called after each block with what was decided.
 
     Raises:
         EvoViTError: a host that patch slimming does not run on, images that do not suit it.

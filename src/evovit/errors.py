@@ -1,4 +1,4 @@
-"""The one exception for wrong input, and the checks and words its sentences share."""
+"""The exception for all wrong input, and the checks and words its sentences share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Kind = TypeVar("Kind")
 class EvoViTError(ValueError):
     """Wrong input: what was given, what is allowed, what to do; the command line's exit code 2.
 
-    Its sentence is one line without control characters, whatever strangers chose as names.
+    Its sentence is one line without control characters, whatever names it quotes.
     """
 
     def __init__(self, sentence: object = "") -> None:

@@ -56,13 +56,13 @@ def features(
     restore: str | None = "auto",
     prune: bool = False,
 ) -> FeatureNet:
-    """Make a backbone for dense tasks of a reduced model, as timm does with `features_only=True`.
+    """Turn a reduced model into a backbone for dense tasks, like timm's `features_only=True`.
 
     Args:
         model: what `reduce_tokens` returns; it is used as it is, not copied.
         out_indices: as `indices` of `ReducedViT.forward_intermediates`, where `restore` is explained too.
-        prune: take the blocks that no map needs, and the head, out of the host for good. They are never run
-            either way; without them there are fewer weights.
+        prune: take the blocks that no map needs, and the head, out of the host for good. They are not run
+            in either case; without them there are fewer weights.
     """
     check_kind("model", model, ReducedViT, "what reduce_tokens returns")
     net = FeatureNet(model, out_indices, norm, output_fmt, restore)
@@ -75,13 +75,13 @@ class SimplePyramid(nn.Module):
     """The simple feature pyramid of ViTDet (Li et al., ECCV 2022, section 3): all levels from one map.
 
     Scale 4 is two deconvolutions, 2 is one, 1 the map itself, 1/2 max pooling; then a 1 x 1 and a 3 x 3
-    convolution, each with a layer norm over channels. It answers as torchvision's detectors ask: a dictionary
-    of levels, the finest first, and `out_channels`.
+    convolution, each with a layer norm over channels. It has the interface of torchvision's detectors: it
+    returns a dictionary of levels, the finest first, and has `out_channels`.
 
     Args:
         backbone: from `features`; the last of its maps is read.
         channels: of every level.
-        scales: of the levels, among 4, 2, 1 and 0.5.
+        scales: scales of the levels, some of 4, 2, 1 and 0.5.
     """
 
     def __init__(self, backbone: FeatureNet, channels: int = 256, scales: Sequence[float] = SCALES) -> None:
@@ -133,7 +133,7 @@ def last_updates(model: ReducedViT, images: Tensor) -> Tensor:
     """Return the block that last computed each cell, (B, blocks, rows, columns) int64; -1: none has.
 
     A cell is computed where its token, or the token it was merged into, takes part in the block. A cell that
-    waits is not, also where the method moves it on from afar (Evo-ViT's fast update). The grid is the first
+    waits is not, even if the method updates it from outside (Evo-ViT's fast update). The grid is the first
     block's.
     """
     check_kind("model", model, ReducedViT, "what reduce_tokens returns")
@@ -151,13 +151,13 @@ def last_updates(model: ReducedViT, images: Tensor) -> Tensor:
 def stale_share(
     model: ReducedViT, images: Tensor, indices: Indices = None, *, older_than: int = 1
 ) -> list[float]:
-    """Return, for each chosen block, the share of cells whose value is older than the last so many blocks.
+    """Return, for each chosen block, the share of cells not computed in the last `older_than` blocks.
 
     Args:
         model: in evaluation mode.
         images: (B, channels, height, width); the shares are means over them.
         indices: as of `ReducedViT.forward_intermediates`.
-        older_than: 1: the chosen block itself did not compute the cell; 2: nor did the one before it.
+        older_than: 1: not computed in the chosen block itself; 2: nor in the block before it.
     """
     newest, depth = last_updates(model, images), adapt(model.model).spec.depth
     check_count("older_than", older_than, 1, depth)

@@ -1,4 +1,4 @@
-"""Tokens after chosen blocks as feature maps, by timm's contract; cells that have no token are restored."""
+"""Tokens after chosen blocks as feature maps, with timm's interface; cells without a token are restored."""
 
 from __future__ import annotations
 

@@ -22,11 +22,11 @@ def gmacs(model: nn.Module, image_shape: Sequence[int]) -> float:
     """Return GMACs of one image in evaluation: no arithmetic is done, no weight copied.
 
     Args:
-        model: a host, a `ReducedViT` or any other network; its weights may lie anywhere.
+        model: a host, a `ReducedViT` or any other network; its weights may be on any device.
         image_shape: (channels, height, width).
 
     Raises:
-        EvoViTError: no network, another shape, a network that does not run on it.
+        EvoViTError: not a network, an invalid shape, or a network that does not run on it.
     """
     check_kind("model", model, nn.Module, "a host, a reduced model or another network")
     shape = image_shape if isinstance(image_shape, Sequence) and not isinstance(image_shape, str) else ()

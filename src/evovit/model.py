@@ -1,4 +1,4 @@
-"""ReducedViT: the untouched host, a method, and the loop that joins them. `reduce_tokens` is the door."""
+"""ReducedViT: the unchanged host, a method, and the loop that runs the blocks by it; `reduce_tokens`."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class ReducedViT(nn.Module):
     The host is `.model`, untouched: its state-dict keys, checkpoints and own forward stay as they are.
 
     Args:
-        last_block: "prefix" leaves out what cannot reach the logits: called in evaluation, where the head
-            reads prefix tokens alone, the last block computes their rows only. Same logits up to rounding.
+        last_block: "prefix" leaves out what cannot reach the logits: in evaluation, where the head reads
+            prefix tokens only, the last block computes only their rows. Logits are the same up to rounding.
             Training, `run`, features and heads that read patch tokens are as with "all".
-        budgets: keep ratios between which `budget` switches; batch norms then have statistics of each.
+        budgets: keep ratios between which `budget` switches; batch norms then keep statistics for each.
     """
 
     model: nn.Module
@@ -134,7 +134,7 @@ class ReducedViT(nn.Module):
         prefix_only: bool = False,
         last: int | None = None,
     ) -> tuple[Tokens, list[Tokens]]:
-        """Run embedding and all blocks, or those up to number `last`: the road from image to tokens."""
+        """Run the embedding and all blocks, or those up to number `last`."""
         if not torch.compiler.is_compiling():
             backbone.expect_unsharded()
             backbone.expect_images(images)
@@ -159,7 +159,7 @@ class ReducedViT(nn.Module):
         Args:
             repo_id: user/name; `evovit.load_reduced("hf:user/name")` loads it again.
             options: private, token, revision, commit_message, create_pr; for the card measured, accuracy,
-                base_model; where the host does not tell how it was made host, host_options.
+                base_model; if the host does not say how it was made: host, host_options.
         """
         import evovit
 
@@ -270,7 +270,7 @@ class ReducedViT(nn.Module):
 
         Args:
             x: images (B, channels, height, width).
-            indices: blocks from 0, negative from the end; a number: the last so many; None: all. They count
+            indices: blocks from 0, negative from the end; a number n: the last n; None: all. They count
                 stages on a host of several.
             return_prefix_tokens: pair each map with its prefix tokens (B, P, C), if the host has such.
             norm: apply the host's last norm to each map.
@@ -278,10 +278,10 @@ class ReducedViT(nn.Module):
             output_fmt: "NCHW" (B, C, rows, columns), or "NLC" (B, N, C).
             intermediates_only: leave out the final features, which `forward_head` takes.
             output_dict: answer with timm's dictionary.
-            attn_mask, is_causal: cannot be honoured.
-            restore: what a cell without a token is given: "hold" what it had last, "unmerge" the token it was
+            attn_mask, is_causal: not supported; raise an error if given.
+            restore: the value of a cell without a token: "hold" what it had last, "unmerge" the token it was
                 merged into, "interpolate" a mean of similar ones; None: nothing, each answer is a `Sparse`
-                (x, index, valid); "auto": "unmerge" where it can be, else "hold".
+                (x, index, valid); "auto": "unmerge" where possible, else "hold".
         """
         refuse_masks(attn_mask, is_causal)
         backbone = adapt(self.model)
@@ -311,7 +311,7 @@ class ReducedViT(nn.Module):
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
-        """Channels, stride and name of the features after each block, or each stage, as timm tells them."""
+        """Channels, stride and name of the features after each block, or each stage, in timm's form."""
         return feature_info(self.model, adapt(self.model))
 
     def get_classifier(self) -> Any:
@@ -353,7 +353,7 @@ class ReducedViT(nn.Module):
         """The host, for attributes `nn.Module` does not declare."""
         return self.model
 
-    # what pipelines and trainers of transformers ask a model for
+    # what pipelines and trainers of transformers read from a model
 
     @property
     def config(self) -> Any:
@@ -434,19 +434,19 @@ def reduce_tokens(
     budgets: Sequence[float] = (),
     **options: Any,
 ) -> ReducedViT:
-    """Wrap a pretrained or fresh host so that a method runs its blocks.
+    """Wrap a vision transformer (the host) so that a token-reduction method runs its blocks.
 
     Args:
-        model: a supported host (see `evovit.list_hosts`); it is used as it is, not copied.
+        model: a supported host (see `evovit.list_hosts`), pretrained or not; it is used as it is, not copied.
         method: a name from `list_methods`, with `options`, or a method's `Config`.
-        verify: prove first that the views reproduce this host exactly (two forwards of two random images).
-        last_block: "prefix" computes no patch tokens in the last block where no head reads them, see
-            `ReducedViT`; "all" computes them.
+        verify: first check that evovit reproduces this host exactly (two forwards of two random images).
+        last_block: "prefix" does not compute patch tokens in the last block where no head reads them (see
+            `ReducedViT`); "all" computes them.
         budgets: keep ratios between which `reduced.budget` switches; the largest is in force.
 
     Raises:
-        EvoViTError: unsupported host, unknown method or option, a value out of range, a hook that would never
-        run, a host that is not reproduced.
+        EvoViTError: an unsupported host, an unknown method or option, a value out of range, a hook that would
+        never run, or a host that is not reproduced exactly.
     """
     if isinstance(model, ReducedViT):
         raise EvoViTError("model is reduced already; wrap its host, model.model.")

@@ -33,12 +33,12 @@ def slim(model: nn.Module, masks: Sequence[BlockMask]) -> nn.Module:
     """Return a smaller copy of a timm ViT that computes what the model does with its masked weights at zero.
 
     A masked head has zero rows in `qkv.weight`, a masked channel a zero row in `fc1.weight` and a zero column
-    in `fc2.weight`; biases stay. What such a head still gives is its bias of v, a constant: it goes into the
+    in `fc2.weight`; biases stay. Such a head still outputs its bias of v, a constant, which is added to the
     bias of the projection. In evaluation, or without dropout of attention weights, the copy is exact.
 
     Args:
         model: its own weights need not be masked; those of dead heads and channels do not count.
-        masks: one a block, as `StructuredMasks.masks`.
+        masks: one per block, as in `StructuredMasks.masks`.
 
     Raises:
         EvoViTError: another host, parts that tie heads or channels together, masks that do not fit.
@@ -127,7 +127,7 @@ def linear(weight: Tensor, bias: Tensor | None, like: nn.Linear) -> nn.Linear:
 
 
 class Felt(NamedTuple):
-    """What the last backward pass told of the heads of one block, each (H,) float32."""
+    """What the last backward pass says of the heads of one block, each (H,) float32."""
 
     importance: Tensor  # mean over images of |sum of gradient * value|
     pull: Tensor  # sum of |gradient|
@@ -141,8 +141,8 @@ class StructuredMasks:
 
     Args:
         model: a timm VisionTransformer.
-        heads, channels: shares that live, above 0 to 1; rounded down, at least one.
-        seed: which live at first is drawn at random, alike in every process.
+        heads, channels: shares of them that stay, above 0 up to 1; the count is rounded down, at least one.
+        seed: of the random choice of those that stay at first, the same in every process.
     """
 
     def __init__(self, model: nn.Module, heads: float = 0.7, channels: float = 0.6, seed: int = 0) -> None:
@@ -166,7 +166,7 @@ class StructuredMasks:
         self.apply()
 
     def close(self) -> None:
-        """Stop listening to the heads; masks stay."""
+        """Remove the hooks on the heads; masks stay."""
         for hook in self.hooks:
             hook.remove()
 
@@ -197,7 +197,7 @@ class StructuredMasks:
         """Let the least useful die and as many others grow, by the gradients of the last step.
 
         Channels die by the size of their weights and grow by their gradients. Heads die by gradient times
-        value of their output and grow by the gradient. Who has just died may grow again at once.
+        value of their output and grow by the gradient. What has just died may grow again at once.
 
         Args:
             progress: share of the training done, 0 to 1; from 0.8 on nothing changes.
@@ -217,7 +217,7 @@ class StructuredMasks:
             )
 
     def _listener(self, number: int) -> Any:
-        """Return a hook that notes what the backward pass tells of the heads of a block."""
+        """Return a hook that records what the backward pass says of the heads of a block."""
 
         def listen(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
             heads, values = self.blocks[number].attn.num_heads, given[0]  # (B, T, H * D)

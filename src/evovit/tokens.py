@@ -20,7 +20,7 @@ class Tokens:
         grid: (rows, columns) of the stage.
         size: (B, N) patches a token stands for; None means one each.
         mask: (B, N) 1 where a token takes part; None means all.
-        carry: a NamedTuple of the method's own, for example the tokens Evo-ViT has parked.
+        carry: a NamedTuple of the method's own, for example the tokens that wait in Evo-ViT.
     """
 
     x: Tensor
@@ -77,8 +77,8 @@ class QKV(NamedTuple):
     scale: float
     bias: Tensor | None = None  # the host's position bias for these tokens, (1 or B, H, P + N, P + N)
     extra: Tensor | None = None  # (B, P + N, S), what the host projects besides: output gate, parallel FFN
-    key_length: Tensor | None = None  # (B, H, P + N) float32, of keys; of several in one token, their mean
-    padding: Tensor | None = None  # (B, P + N) bool, rows of images that are none: they ask and weigh nothing
+    key_length: Tensor | None = None  # (B, H, P + N) float32, of keys; where a token is several, their mean
+    padding: Tensor | None = None  # (B, P + N) bool, rows of padding, which neither query nor are attended to
 
 
 class Outputs(NamedTuple):

@@ -1,7 +1,7 @@
 """A reduced vision model in its place inside a larger one: the same number of tokens out, in the same places.
 
-The tower stays the module it was, with its names, weights and config; its forward alone is answered by a
-`ReducedViT`. So processors, placeholders and positions of the language side stay valid.
+The tower stays the same module, with its names, weights and config; only its forward is replaced, by that of
+a `ReducedViT`. So processors, placeholders and positions of the language side stay valid.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from evovit.model import ReducedViT, reduce_tokens
 
 
 class TowerCall:
-    """What stands as a tower's forward."""
+    """What replaces a tower's forward."""
 
     def __init__(self, reduced: ReducedViT) -> None:
         self.reduced = reduced
@@ -46,16 +46,16 @@ def reduce_tower(
     """Let a method run the blocks of the vision model inside a larger model; `restore_tower` undoes it.
 
     Args:
-        model: of transformers, with one supported vision model, such as LLaVA, PaliGemma or CLIP.
-        tower: which, as in `model.get_submodule`, if there are several.
+        model: a transformers model with a supported vision model in it, such as LLaVA, PaliGemma or CLIP.
+        tower: name of the vision model, as for `model.get_submodule`, if there are several.
         method, verify, options: as for `reduce_tokens`.
 
     Returns:
-        The reduced tower, for its `method` and `run`; the model holds it already.
+        The reduced tower, for its `method` and `run`; the model uses it already.
 
     Raises:
         EvoViTError: no or several supported vision models, one that is reduced already, a method that drops
-        tokens or learns, and all that `reduce_tokens` refuses.
+        tokens or has weights to learn, and whatever `reduce_tokens` refuses.
     """
     found = _find(model, tower)
     if isinstance(vars(found).get("forward"), TowerCall):

@@ -1,4 +1,4 @@
-"""Which patches a method keeps: as masks, as numbers against a known box, and as a picture per block."""
+"""Which patches a method keeps: as masks, as numbers beside a known box, and as a picture per block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens when something is chosen on the page: from a visitor's wishes to what they see. Needs gradio.
+"""What happens when something is chosen on the page: from the choice to what is shown. Needs gradio.
 
 Everything a visitor sees goes through the states of their own session; a desk remembers nothing.
 """
@@ -40,7 +40,7 @@ FAILS = (EvoViTError, OSError, MemoryError, RuntimeError)  # what `_said` makes 
 
 
 class Desk:
-    """What the page asks of a workbench."""
+    """What the page needs from a workbench."""
 
     def __init__(self, workbench: Workbench) -> None:
         self.workbench = workbench

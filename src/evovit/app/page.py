@@ -1,4 +1,4 @@
-"""The page itself: what stands where, and what asks for what. Needs gradio."""
+"""The page itself: its layout, and what each control updates. Needs gradio."""
 
 from __future__ import annotations
 

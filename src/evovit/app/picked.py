@@ -1,4 +1,4 @@
-"""What a visitor looks at: a photograph of theirs, or one that is at hand everywhere."""
+"""What a visitor looks at: their own photograph, or one that comes with a package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page's server: on this machine alone unless told, without telemetry, shares or fonts from elsewhere."""
+"""The page's server: on this machine alone by default, without telemetry, shares or fonts from elsewhere."""
 
 from __future__ import annotations
 

@@ -109,12 +109,12 @@ def read_host(model: nn.Module) -> Backbone:
 
 
 def check_adapter(model: nn.Module, tolerance: float = 1e-4) -> None:
-    """Prove that the views reproduce the host, or raise `EvoViTError` that says what differs.
+    """Check that evovit reproduces the host exactly, or raise `EvoViTError` that says what differs.
 
-    Two guards: every part the host and its blocks hold has a name and a class the adapter knows (this sees a
-    part that starts at zero), and the runner with plain blocks gives the host's features and logits on random
-    images: with the host's weights, with enlarged ones, and with these in training mode without dropout
-    (`proof`). The second needs values, so a host on the meta device passes the first guard only.
+    There are two checks. Every part of the host and its blocks has a name and a class that the adapter knows;
+    this finds parts that start at zero. And the adapter's views of the blocks, with nothing reduced, give the
+    host's features and logits on random images: with the host's weights, with enlarged ones, and with these
+    in training mode without dropout. The second needs values: for a host on the meta device it is left out.
 
     Args:
         tolerance: largest difference allowed with the host's weights, relative to the largest value; for

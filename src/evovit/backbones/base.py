@@ -147,7 +147,7 @@ class Finish(Protocol):
 
 
 class Road(Protocol):
-    """The road from image to tokens that `Backbone.answer` walks: a `ReducedViT`, or the plain blocks."""
+    """What runs the blocks for `Backbone.answer`, image to tokens: a `ReducedViT`, or the plain blocks."""
 
     @property
     def method(self) -> Finish: ...

@@ -1,8 +1,8 @@
 """transformers' packed vision towers, Qwen2-VL, Qwen2.5-VL, Qwen3-VL: images of any size in one row.
 
 A merge block of m x m patches becomes one token of the language side, so it is one token here too: methods
-choose, park and bring back whole blocks, and what the merger joins is always a block of the image. A block's
-query and key, by which it is scored, are the means of its patches'; attention is between all patches. What
+select, set aside and restore whole blocks, and what the merger joins is always a block of the image. A
+block's query and key, by which it is scored, are the means of its patches'; attention is between all patches. What
 the views call images are raw patches as maps, (B, patches of a block * numbers of a patch, rows, columns):
 the frames of one size are a batch, each with its own decisions.
 

@@ -1,4 +1,4 @@
-"""The last block where the head reads prefix tokens alone: what nobody reads after it is not computed.
+"""The last block where the head reads prefix tokens only: what is not read after it is not computed.
 
 The prefix attends to all tokens, so keys and values are those of all; queries, mixed values, projection and
 FFN are those of the prefix rows. The logits are the same up to rounding.

@@ -27,7 +27,7 @@ Adapt = Callable[[nn.Module], Backbone]
 
 
 class Plain:
-    """The road through the host's own blocks, nothing reduced."""
+    """The forward through the host's own blocks, nothing reduced."""
 
     merges: ClassVar[bool] = False
 

@@ -35,8 +35,8 @@ def load_official(name: str, source: str | Path | Mapping[str, Tensor], **option
 
     Args:
         name: a method, as in `list_methods`, for a `ReducedViT`; "lv_vit" or "levit" for that dense host.
-        source: path of the file, or what it holds: a state dict, also wrapped under "model".
-        options: `num_heads` (no tensor tells it); `img_size` if the images are not square; the method's own
+        source: path of the file, or its content: a state dict, possibly wrapped under "model".
+        options: `num_heads` (no tensor shows it); `img_size` if the images are not square; the method's own
             options, whose defaults here are the released code's.
 
     Raises:

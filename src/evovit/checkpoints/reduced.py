@@ -52,13 +52,13 @@ def save_reduced(
 ) -> None:
     """Write a reduced model into a folder; a save that is cut off leaves an older one as it was.
 
-    How images are prepared and what the classes are called goes along where the host tells: one of timm in
-    `pretrained_cfg`, one of transformers in its config and the image processor beside it.
+    Preprocessing and class names are saved too if the host has them: a timm host in `pretrained_cfg`, a
+    transformers host in its config and image processor.
 
     Args:
         include_model: also write the host's weights; False writes the method alone.
-        host: timm's name of the host and `host_options` its arguments, where it does not tell them itself;
-            then `load_reduced(folder)` builds it.
+        host: timm's name of the host and `host_options` its arguments, if the host does not know them itself;
+            with them `load_reduced(folder)` can build it.
 
     Raises:
         EvoViTError: the folder cannot be written, or `host` is not this one.
@@ -110,17 +110,18 @@ def load_reduced(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> ReducedViT:
-    """Read what `save_reduced` or `push_to_hub` wrote onto a host of the same class and size.
+    """Load a reduced model that `save_reduced` or `push_to_hub` wrote.
 
     Args:
         folder: with the files, or a model on the Hugging Face Hub, `hf:user/name` or `hf:user/name@revision`.
-        model: the host; None builds it as the folder tells, in evaluation mode, its weights in their type.
-        revision: of the Hub's: a branch, a tag or a commit; None: the main branch.
+        model: a host of the same class and size; None builds it as the folder says, in evaluation mode and in
+            the dtype of its weights.
+        revision: for the Hub: a branch, a tag or a commit; None: the main branch.
         token: for the Hub; None: as you are logged in.
 
     Raises:
-        EvoViTError: a folder that is damaged, does not fit (the host is then as it was), or does not tell how
-        to build the host; a model that the Hub has not.
+        EvoViTError: a folder that is damaged, does not fit (the host is then left as it was), or does not say
+        how to build the host; a model that the Hub does not have.
     """
     if model is not None:
         check_kind("model", model, nn.Module, "the host: a model as the saved one was")

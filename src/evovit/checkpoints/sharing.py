@@ -32,20 +32,20 @@ def push_to_hub(
     host: str | None = None,
     host_options: Mapping[str, Any] = {},
 ) -> str:
-    """Put a reduced model on the Hugging Face Hub, from where `load_reduced("hf:user/name")` takes it.
+    """Put a reduced model on the Hugging Face Hub, from where `load_reduced("hf:user/name")` loads it.
 
-    The repository is created where it is not there. Of a card that is there, or in the folder, the part that
-    evovit wrote is written anew, and what people wrote stays.
+    The repository is created if it does not exist. In an existing model card, there or in the folder, the
+    part that evovit wrote is rewritten, and what people wrote stays.
 
     Args:
         model: what `reduce_tokens` returns, or a folder that `save_reduced` wrote.
         repo_id: user/name, or a name of your own.
-        private: of a new repository: whether others may not see it; None: as your organisation has it.
+        private: whether a new repository is hidden from others; None: your organisation's default.
         token: None: as you are logged in.
-        revision: branch to write to, made where it is not there; None: the main branch.
+        revision: branch to write to, created if it does not exist; None: the main branch.
         create_pr: propose the commit as a pull request instead.
         measured: rows of `evovit bench` for the card, or records of its rows.jsonl; dense ones are left out.
-        accuracy: for the card: what was tested, such as "top-1 %, ImageNet validation", and the number.
+        accuracy: for the card: numbers by what was tested, such as "top-1 %, ImageNet validation".
         base_model: for the card: the Hub's name of the model it was made from.
         host, host_options: as of `save_reduced`.
 
@@ -53,8 +53,8 @@ def push_to_hub(
         The address of the commit, or of the pull request.
 
     Raises:
-        EvoViTError: a host that cannot be built again from what it tells, rows of another model, a name that
-        cannot be, a Hub that is not reached or refuses.
+        EvoViTError: a host that does not say how it is built, rows of another model, an invalid name, a Hub
+        that cannot be reached or refuses.
     """
     repository = hub.checked(repo_id, revision, token)
     check_kind("commit_message", commit_message, str, "a text")

@@ -3,7 +3,7 @@
 The digits are scikit-learn's `load_digits` (1797 real 8 x 8 images, from UCI's "Optical Recognition of
 Handwritten Digits"), split by source image before anything is drawn. A scene holds one whole digit, the
 label, and fragments of other digits of the same split: few patches matter, and bright strokes alone do not
-tell which.
+show which.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def digit_scenes(
         num_scenes: scenes to draw.
         size: side of the square canvas in pixels, at least 24.
         num_fragments: fragments of other digits on each canvas.
-        seed: every choice follows from it; another number gives fresh scenes.
+        seed: of all random choices; another seed gives other scenes.
     """
     check_choice("split", split, get_args(Split))
     num_scenes = check_count("num_scenes", num_scenes, 1, 100_000_000)

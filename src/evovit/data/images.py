@@ -1,7 +1,7 @@
 """Images and labels for a training: timm's readers and augmentation as in DeiT, or the built-in digit scenes.
 
 Order, crops, augmentation and mixup follow from (seed, epoch, place in the epoch) alone: a resumed training
-goes on exactly, and the number of processes changes nothing but who does what.
+continues exactly, and the number of processes only changes which process does what.
 """
 
 from __future__ import annotations

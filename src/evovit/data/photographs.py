@@ -1,4 +1,4 @@
-"""Photographs of a folder, one by one, or of those that are at hand everywhere, as a model takes them."""
+"""Photographs from a folder, one by one, or samples that come with a package, as a model takes them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """WebDataset shards by row: tar files whose members share a key, such as 0001.jpg beside 0001.cls.
 
-The `webdataset` package streams shards in an order of its own. A training that resumes exactly asks for
+The `webdataset` package streams shards in an order of its own. A training that resumes exactly reads
 images by number, so the headers are read once and each image is found at its offset.
 """
 

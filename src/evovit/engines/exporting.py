@@ -1,4 +1,4 @@
-"""A model in hand to a folder that runs without evovit: files, proof, preprocessing and a short program."""
+"""Exports a model to a folder that runs without evovit: files, proof, preprocessing and a short program."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def export(
     images: Tensor | None = None,
     preprocessing: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write a reduced or dense model for an engine, prove the file against eager, and keep it if it holds.
+    """Export a reduced or dense model for an engine; the file is kept only if it agrees with eager PyTorch.
 
     The folder gets the file (`model.onnx`, `openvino/model.xml`, `model.pt2` or `model.aoti.pt2`) and
     `export.json`, `preprocessing.json`, and `run.py`, which runs the file on a photograph without evovit.
@@ -54,17 +54,17 @@ def export(
         model: a host or what `reduce_tokens` returns; it is copied, and written as it evaluates.
         to: onnx, openvino, pt2 (torch.export) or aoti (AOTInductor).
         precision: fp32, fp16, or int8 (onnx and openvino).
-        batch: images of a call, or "dynamic" for any number.
+        batch: images per call, or "dynamic" for any number.
         calibration: (N, channels, height, width) prepared images for int8; openvino needs some.
-        images: (N, channels, height, width) prepared images for the proof, beside random ones.
-        preprocessing: see `preprocessing_of`, whose default it is.
+        images: (N, channels, height, width) prepared images to compare on, besides random ones.
+        preprocessing: how images are prepared; default: `preprocessing_of(model)`.
 
     Returns:
-        What `export.json` tells of this file: versions, options, proof, size.
+        The entry of this file in `export.json`: versions, options, proof, size.
 
     Raises:
         EvoViTError: a missing package, a model the engine does not take, a file that differs from the model
-            by more than its precision may; an older file in the folder is then as it was.
+            by more than its precision allows; an older file in the folder is then left as it was.
     """
     check_choice("to", to, TARGETS)
     engine, place = TARGETS[to], as_path(folder, "folder")

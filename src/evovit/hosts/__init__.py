@@ -1,4 +1,4 @@
-"""A host by its name, or one sentence that says why there is none."""
+"""Creates a host by its name, or raises one sentence that says why it cannot."""
 
 from __future__ import annotations
 

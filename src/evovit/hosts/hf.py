@@ -1,6 +1,6 @@
 """A model of transformers by name: `hf:` and a Hub name or a folder; random weights, or those published.
 
-Such a host says what the run road asks of timm's hosts: `num_classes`, `in_chans` and `pretrained_cfg`.
+Such a host has what evovit reads from timm's hosts: `num_classes`, `in_chans` and `pretrained_cfg`.
 """
 
 from __future__ import annotations

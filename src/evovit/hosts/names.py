@@ -1,4 +1,4 @@
-"""What a host's classes are called, where the host or its data set tells."""
+"""What a host's classes are called, if the host or its data set says so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a photograph becomes a host's input, in timm's words: as the host tells it, and told to a host."""
+"""How a photograph becomes a host's input, in timm's terms: read from a host, and stored in a host."""
 
 from __future__ import annotations
 

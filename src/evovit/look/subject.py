@@ -1,4 +1,4 @@
-"""What is looked at: a dense model, reduced ones of the same weights, and what makes it doubtful."""
+"""A dense model, reduced ones with the same weights, and notes on what makes the results doubtful."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from evovit.look.one import Cost, Look, costs, described, look_at
 from evovit.model import ReducedViT
 from evovit.train.tested import open_model
 
-DEFAULT = "deit_small_patch16_224"  # for who names no model
+DEFAULT = "deit_small_patch16_224"  # where no model is named
 QUICKSTART = Path("runs/quickstart/evo_vit")  # for digits
 RANDOM = "Random weights: neither the kept patches nor the answers mean anything here."
 
@@ -129,7 +129,7 @@ def default_subject(
     pretrained: bool,
     log: Callable[[str], None],
 ) -> Subject:
-    """Return a model for who names none: of digits the quickstart's run, else `DEFAULT` as published.
+    """Return a model where none is named: for digits the quickstart's run, else `DEFAULT` as published.
 
     Where the published weights cannot be had, the weights are random, and the subject's notes say so.
 

@@ -1,4 +1,4 @@
-"""One paper a file. The registry finds every file beside this one, and those of installed packages.
+"""The methods, one file per paper. The registry finds all files beside this one, and those of other packages.
 
 A package of another author offers methods by an entry point of the group `evovit.methods` that names a module
 whose import registers them.

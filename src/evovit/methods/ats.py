@@ -1,8 +1,8 @@
 """ATS: adaptive token sampling, as many tokens as an image needs (Fayyaz et al., ECCV 2022).
 
 In a sampling block, class attention and the length of values score the patch tokens (eq. 4); the inverse of
-the scores' cumulative sum is read at evenly spaced points (section 3.2), and each token met goes on, once.
-They alone ask; keys and values are those of all. Lengths are fixed: absent tokens are masked.
+the scores' cumulative sum is read at evenly spaced points (section 3.2), and each token met is kept, once.
+Only these are queries; keys and values are those of all. Lengths are fixed: absent tokens are masked.
 """
 
 from __future__ import annotations

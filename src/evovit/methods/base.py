@@ -1,4 +1,4 @@
-"""What a method is: a module that decides how a block runs. One verb, `run_block`, and hooks."""
+"""What a method is: a module that decides how a block runs, by `run_block` and a few hooks."""
 
 from __future__ import annotations
 

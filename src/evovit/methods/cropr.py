@@ -1,8 +1,8 @@
 """Cropr: learnt routers drop patch tokens after each block (Bergner et al., CVPR 2025).
 
 A router's queries rank the tokens. In training they also mix them, without gradient to the host, for an
-auxiliary head that learns the labels; evaluation needs the queries alone. Last-layer fusion brings all that
-were dropped back before the last block. Modules have the official names.
+auxiliary head that learns the labels; evaluation needs the queries alone. Last-layer fusion brings all
+dropped tokens back before the last block. Modules have the official names.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class Router(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Learnt queries that ask all tokens."""
+    """Learnt queries that attend to all tokens."""
 
     def __init__(self, config: Cropr.Config, dim: int, num_heads: int) -> None:
         super().__init__()

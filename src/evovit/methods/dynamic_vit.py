@@ -2,7 +2,7 @@
 
 Evaluation drops all but the best. Training keeps every row: decisions are sampled (Gumbel, straight-through)
 and mask the attention of every block, so that their gradient reaches the predictors. `rest="squeeze"` is dTPS
-(Wei et al., CVPR 2023): who goes first joins the most similar token that stays.
+(Wei et al., CVPR 2023): each dropped token is first merged into the most similar kept one.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class ScorePredictor(nn.Module):
 class DynamicViT(Method):
     """Dynamic token sparsification: before a few blocks a predictor drops the tokens it finds dispensable.
 
-    With a teacher, `losses` compares logits and tokens with the teacher's; this is beside the recipe's own
+    With a teacher, `losses` compares logits and tokens with the teacher's; this is added to the recipe's own
     `objective.distillation`, which the released training leaves off.
     """
 

@@ -1,7 +1,7 @@
 """EViT: reorganise tokens between attention and FFN (Liang et al., ICLR 2022).
 
 The class attention of the block ranks its patch tokens; the others are fused into one token, weighted with
-their attention, dropped, or squeezed into the kept (eTPS, Wei et al., CVPR 2023). No new parameters.
+their attention, dropped, or squeezed into the kept ones (eTPS, Wei et al., CVPR 2023). No new parameters.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Evo-ViT: slow-fast token evolution (Xu et al., AAAI 2022), on flat hosts.
 
 Global class attention (eq. 3, 4) picks the informative tokens for the full update; the placeholders wait, or
-take the residuals of a representative token (eq. 5-7). Table 3's rungs and table 4's rows are options.
+take the residuals of a representative token (eq. 5-7). The rows of tables 3 and 4 are options.
 """
 
 from __future__ import annotations

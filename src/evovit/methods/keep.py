@@ -1,7 +1,7 @@
 """Keep some patch tokens and drop the others: the plain baselines every comparison needs.
 
-Top-K by class attention or another score, random and evenly spaced, with the counts of DynamicViT. Who is not
-kept is dropped, or squeezed into the kept (TPS, Wei et al., CVPR 2023).
+Top-K by class attention or another score, random and evenly spaced, with the counts of DynamicViT. The
+others are dropped, or squeezed into the kept ones (TPS, Wei et al., CVPR 2023).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""MCTF: fuse tokens that are alike, say little and stand for few (Lee, Choi, Kim, CVPR 2024).
+"""MCTF: fuse tokens that are similar, uninformative and small (Lee, Choi, Kim, CVPR 2024).
 
 Before attention the pairs of highest weight become one, from both sides of a bipartite split; the weight is
 the product of three criteria (arXiv 2403.10030, section 3). The attention map that one of them reads is

@@ -1,9 +1,9 @@
 """PS-ViT: static masks, the same for every image, nested from block to block (Tang et al., CVPR 2022).
 
-In a block the tokens that stay ask all that entered it (rectangular attention), so they become what the
-unpruned block makes of them; the others leave. Masks are nested, so one order of the cells holds them all:
-each block keeps the first of it. `evovit.calibrate` finds order and numbers on unlabelled images; until then
-the order is random.
+In a block, the tokens that stay attend to all that entered it (rectangular attention), so they become what
+the unpruned block makes of them; the others are dropped. Masks are nested, so one order of the cells gives
+all of them: each block keeps its first cells. `evovit.calibrate` finds order and numbers on unlabelled
+images; until then the order is random.
 """
 
 from __future__ import annotations

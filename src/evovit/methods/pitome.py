@@ -1,6 +1,6 @@
-"""PiToMe: merge what has many similar tokens, protect what stands alone (Tran et al., NeurIPS 2024).
+"""PiToMe: merge tokens that are like many others, protect those that are not (Tran et al., NeurIPS 2024).
 
-Between attention and FFN a token's energy tells how many others its key is like. In some blocks only the
+Between attention and FFN a token's energy measures how many others its key is like. In some blocks only the
 2r tokens of highest energy may merge, in the others all, taken in turns by their energy (arXiv 2405.16148).
 """
 

@@ -2,7 +2,7 @@
 
 Between attention and FFN every patch token is scored by class attention times the length of its value
 (arXiv 2310.01812). Where the scores of an image differ much the tokens of lowest score are dropped, else
-similar tokens are merged as in ToMe. Either leaves as many, so that a batch stays one tensor.
+similar tokens are merged as in ToMe. Both leave the same number, so that a batch stays one tensor.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Named models that no host ships. `create_model` makes them; after `import evovit`, so does timm's."""
+"""Named models that timm does not have. `create_model` makes them; after `import evovit`, so does timm's."""
 
 from __future__ import annotations
 

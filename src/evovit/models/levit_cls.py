@@ -1,6 +1,6 @@
 """LeViT with a class token and absolute positions: the dense host of Evo-LeViT; also in timm's registry.
 
-LeViT (Graham et al., ICCV 2021) as changed by Evo-ViT (Xu et al., AAAI 2022): a class token walks along, and
+LeViT (Graham et al., ICCV 2021) as changed by Evo-ViT (Xu et al., AAAI 2022): a class token is added, and
 learned positions at each stage's entry take the place of the relative position bias. Parameters have the
 names of timm's Levit.
 """

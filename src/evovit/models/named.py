@@ -1,4 +1,4 @@
-"""What named models share: timm's registry gives more than a host takes, and nobody hosts their weights."""
+"""What named models share: timm's registry passes more arguments than a host takes; no weights are hosted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which token stands for each cell of the grid, and what a cell without one is given."""
+"""Which token stands for each cell of the grid, and what a cell without one gets."""
 
 from __future__ import annotations
 

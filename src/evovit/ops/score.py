@@ -107,7 +107,7 @@ def key_norm(qkv: QKV, num_prefix: int, count: int | None = None) -> Tensor:
 def probe_attention(qkv: QKV, num_patches: int, count: int | None = None) -> Tensor:
     """Return the attention that the pooling head's probe pays each patch token, mean over heads.
 
-    The head with one learnt query of SigLIP (Zhai et al., ICCV 2023; "MAP" of CVPR 2022) asks the
+    The head with one learnt query of SigLIP (Zhai et al., ICCV 2023; "MAP" of CVPR 2022) attends to the
     tokens as if they were the last: what it would read of each is what counts.
 
     Args:

@@ -1,4 +1,4 @@
-"""Which tokens go on? Counts are Python integers, indices int64, ties fall to the lower raster position."""
+"""Which tokens are kept? Counts are Python integers, indices int64, ties go to the lower raster position."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slow-fast token evolution between blocks (Evo-ViT, eq. 4 to 7): who goes on, who waits, how they return."""
+"""Slow-fast token evolution between blocks (Evo-ViT, eq. 4 to 7): which tokens go on or wait."""
 
 from __future__ import annotations
 

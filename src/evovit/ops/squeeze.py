@@ -1,4 +1,4 @@
-"""Token squeezing: what goes joins the most similar token that stays (TPS, Wei et al., CVPR 2023)."""
+"""Token squeezing: a dropped token joins the most similar kept one (TPS, Wei et al., CVPR 2023)."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the run road leaves for people to read: tables, plots, pages."""
+"""Results for people to read: tables, plots, pages."""

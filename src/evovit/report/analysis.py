@@ -1,4 +1,4 @@
-"""What an analysis leaves behind: one page, its pictures, and the numbers as JSON."""
+"""What an analysis writes: one page, its pictures, and the numbers as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a comparison leaves behind: a table as Markdown, CSV and HTML, accuracy plots and pictures."""
+"""What a comparison writes: a table as Markdown, CSV and HTML, accuracy plots and pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a quickstart leaves behind: both models' rows, what they say, pictures, and one page."""
+"""What a quickstart writes: the numbers of both models, what they mean, pictures, and one page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `show` leaves behind: a page of photographs, what each block keeps, both answers; and the pictures."""
+"""What `show` writes: a page of photographs, what each block keeps, both answers; and the pictures."""
 
 from __future__ import annotations
 
@@ -76,19 +76,19 @@ def show(
     gif: bool = False,
     out: str | Path = "runs/show",
 ) -> Shown:
-    """Show photographs through a model, dense and reduced, on one page; in a notebook it appears at once.
+    """Show what a dense and a reduced model make of photographs, on one page; a notebook displays it.
 
     Args:
         model: a reduced model, a host, or what `evovit show --model` takes.
         images: a file, a folder, an image of Pillow, "samples" or "digits", or several of them.
         method: one or several, each NAME or NAME:option=value; default: the model's own, else evo_vit.
-        keep_ratio, budgets: as `evovit show` has them; several are laid side by side.
-        weights, pretrained: of a model by name.
-        preprocessing: of a model in hand: input_size, mean, std, interpolation, crop_pct, crop_mode and
-            class_names; default: as it says itself.
+        keep_ratio, budgets: as for `evovit show`; several are shown side by side.
+        weights, pretrained: for a model given by name, as for `evovit show`.
+        preprocessing: for a model object: input_size, mean, std, interpolation, crop_pct, crop_mode and
+            class_names; default: the model's own.
         count: images of each folder, or digits, at most.
         rounds: how often each model is timed, all in turn; 0: none is.
-        gif: also write the blocks one after another as a GIF.
+        gif: also write an animated GIF of the blocks.
         out: folder for show.html and the pictures.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Reading weights from strangers without unpickling, and writing files that are whole or absent."""
+"""Reading untrusted weights without unpickling, and writing files completely or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe to a run folder. Called again with both, it goes on where the run stopped."""
+"""Trains a recipe in a run folder. Called again with both, it resumes where the run stopped."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from evovit.train.trainer import Trainer, accumulation, stop_signal
 def train_recipe(
     recipe: Recipe | str | Path, folder: str | Path, console: Console | None = None
 ) -> nn.Module:
-    """Train a recipe in a folder, or go on there; return the model as it is then.
+    """Train a recipe in a folder, or resume the run there; return the model at the end.
 
-    Under torchrun all processes train one model.
+    Under torchrun, all processes train one model.
 
     Args:
         recipe: a recipe, or the path of a TOML file.
-        folder: of the run; gets checkpoints, records and the final weights. No other process may use it
-            meanwhile.
+        folder: of the run, for checkpoints, records and the final weights. No other process may use it at the
+            same time.
     """
     return train_in_folder(recipe, folder, console)[0]
 
@@ -62,7 +62,7 @@ def train_model(
     """Train a model that was built from a recipe, or go on with it, and write its final weights.
 
     Returns:
-        False if SIGTERM asked to stop before the end.
+        False if SIGTERM stopped it before the end.
     """
     with stop_signal() as stop, hold_folder(folder) if world.is_main else nullcontext():
         if world.is_main:

@@ -1,1 +1,1 @@
-"""Say how fast: a latency table, a sensitivity table, and the schedule with the least damage."""
+"""Schedules for a target speed: a latency table, a sensitivity table, and the search for the least damage."""

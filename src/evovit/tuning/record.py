@@ -1,4 +1,4 @@
-"""What a search found, on disk: `tuned.json`, for who looks at it later."""
+"""What a search found, on disk: `tuned.json`, to look at later."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tune`: from a wished speed to the schedule with the least damage, measured for real."""
+"""`tune`: finds the schedule that reaches a target speed with the least damage, by measurement."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Tuned:
 
     model: ReducedViT | None  # the winner; None where dense is faster
     best: Candidate | None
-    target: float  # wished speed-up
+    target: float  # target speed-up
     met: bool
     sentence: str  # the answer in words
     dense_ms: float
@@ -102,21 +102,22 @@ def tune(
     clock: Clock | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Tuned:
-    """Find the schedule that makes a model as fast as wished with the least damage; nothing is trained.
+    """Find the schedule that reaches a target speed with the least damage; nothing is trained.
 
     Args:
         model: a supported host of one stage, with its weights.
         images: (N, channels, height, width) without labels, as the model takes them, a few hundred; None:
             random ones, which say little about damage.
-        speedup: wished, over the host on the same engine; or `latency_ms`, milliseconds of a batch.
+        speedup: target speed-up over the host on the same engine.
+        latency_ms: target time of a batch in milliseconds, instead of speedup.
         methods: each NAME or NAME:option=value; default: evo_vit, evit, tome and evenly spaced tokens.
         engine, precision, batch, device, threads: how the model will run, as `evovit bench` names them.
-        rounds: times each final candidate is timed.
-        tables: folder in which both tables and all measured times are kept and found again.
-        clock: what measures, in place of real time.
+        rounds: how often each final candidate is timed.
+        tables: folder in which both tables and all measured times are saved and found again.
+        clock: measures instead of the real time.
 
     Raises:
-        EvoViTError: no or two wishes, an unsupported host, a method that has to be trained first.
+        EvoViTError: no target or two, an unsupported host, a method that has to be trained first.
     """
     expect_wish(speedup, latency_ms)
     if isinstance(model, ReducedViT):
@@ -142,7 +143,7 @@ def tune(
 
 
 def expect_wish(speedup: Any, latency_ms: Any) -> None:
-    """Raise `EvoViTError` unless one speed, and a possible one, is wished."""
+    """Raise `EvoViTError` unless one target speed, and a possible one, is given."""
     if (speedup is None) == (latency_ms is None):
         raise EvoViTError("Give either a speed-up, such as 1.5, or a latency in milliseconds.")
     for name, value, low in (("speedup", speedup, 1), ("latency_ms", latency_ms, 0)):
