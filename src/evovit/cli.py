@@ -138,9 +138,7 @@ def _call(name: str, rest: Sequence[str]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        sys.exit(
-            _refuse(f"Not enough memory ({in_one_line(error)}); try less, such as a smaller batch.")
-        )
+        sys.exit(_refuse(f"Not enough memory ({in_one_line(error)}); try less, such as a smaller batch."))
 
 
 def _parsed(command: Callable[..., None], name: str, rest: Sequence[str]) -> Callable[[], None]:

@@ -105,9 +105,7 @@ def options(name: str) -> str:
 def cost(name: str) -> str:
     """Return the multiply-accumulates of a DeiT-S with a method, by default and at a few shares."""
     dense = _dense_gmacs()
-    head = (
-        "## Cost\n\nMultiply-accumulates of one 224-pixel image, counted by PyTorch. To time it on "
-    )
+    head = "## Cost\n\nMultiply-accumulates of one 224-pixel image, counted by PyTorch. To time it on "
     head += f"your machine: `evovit bench {COUNTED} --method {name}`.\n\n"
     found = _gmacs(name)
     if found is None:

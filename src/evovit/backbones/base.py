@@ -88,12 +88,12 @@ class Block(ABC):
     ) -> tuple[Tokens, QKV]:
         """Run qkv, then attention.
 
-        In the last block both may hold less: where the head reads prefix tokens alone, `prefix.PrefixBlock`
+        In the last block both may hold less: where the head reads prefix tokens only, `prefix.PrefixBlock`
         leaves no patch tokens after attention, and the queries it returns are the prefix tokens' own.
 
         Args:
-            asking: rows that ask, the first so many, the prefix among them; the others are keys and values
-                alone and gone afterwards. None: all rows ask.
+            asking: number of leading rows, prefix included, that are queries; the others are only keys and
+                values and are dropped afterwards. None: all rows are queries.
         """
         if asking is None:
             qkv = self.qkv(tokens)
@@ -120,7 +120,7 @@ Change = Callable[[Sequence[Stage]], Sequence[Stage]]
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """What a method may ask of its host before the first forward; one entry per stage where a tuple."""
+    """What a method may know of its host before the first forward; tuples have one entry per stage."""
 
     depths: tuple[int, ...]
     dims: tuple[int, ...]
@@ -138,7 +138,7 @@ class BackboneSpec:
 
 
 class Finish(Protocol):
-    """What an answer asks of a method."""
+    """What an answer needs from a method."""
 
     @property
     def merges(self) -> bool: ...

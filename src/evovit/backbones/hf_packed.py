@@ -2,9 +2,9 @@
 
 A merge block of m x m patches becomes one token of the language side, so it is one token here too: methods
 select, set aside and restore whole blocks, and what the merger joins is always a block of the image. A
-block's query and key, by which it is scored, are the means of its patches'; attention is between all patches. What
-the views call images are raw patches as maps, (B, patches of a block * numbers of a patch, rows, columns):
-the frames of one size are a batch, each with its own decisions.
+block's query and key, by which it is scored, are the means of its patches'; attention is between all patches.
+What the views call images are raw patches as maps, (B, patches of a block * numbers of a patch, rows,
+columns): the frames of one size are a batch, each with its own decisions.
 
 Checked with transformers 5.18 to 5.24.
 """

@@ -30,11 +30,11 @@ class Ranking(NamedTuple):
 
 
 class Method(nn.Module, ABC):
-    """A token-reduction method for one host; holds its own parameters, never the host's.
+    """A token-reduction method for one host; it has its own parameters, never the host's.
 
     Args:
         config: the method's options.
-        spec: what the host is; a method refuses here, in a sentence, what it cannot do.
+        spec: facts about the host; what the method cannot do with it is refused here.
     """
 
     needs_class_token: ClassVar[bool] = True
@@ -43,7 +43,7 @@ class Method(nn.Module, ABC):
     learns_from_teacher: bool = False  # `losses` reads the teacher's features; options may turn it off
     reads_teacher_trace: bool = False  # `losses` compares with the teacher after every block
     needs_teacher: bool = False  # some parameters learn through such `losses` alone
-    merges: bool = False  # a patch token that goes lives on in another; `row_of_cell` tells which
+    merges: bool = False  # a dropped patch token is merged into another; `row_of_cell` says which
     keeps_places: bool = True  # some patch tokens left keep a place of their own on the grid
     trains_twice: bool = False  # `second_start` gives a second pass for each training step
     samples_in_training: ClassVar[bool] = False  # each training forward draws anew; evaluation never does
@@ -174,7 +174,7 @@ class Method(nn.Module, ABC):
     def second_start(self) -> Callable[[Tokens], Tokens] | None:
         """Return how the embedded tokens of a second training pass begin; None, the default: there is none.
 
-        Asked in each training step; what is drawn here belongs to this pass alone.
+        Called in each training step; what is drawn here is for this pass only.
         """
         return None
 

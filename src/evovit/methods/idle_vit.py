@@ -1,7 +1,8 @@
 """IdleViT: in each idle block only some patch tokens take part; the others wait (Xu et al., AJCAI 2023).
 
-Before attention, the class token's raw logits in this block select the tokens that take part. Idle tokens skip
-the block unchanged and may be picked again in the next. Training gathers too, which equals the paper's masks.
+Before attention, the class token's raw logits in this block select the tokens that take part. Idle tokens
+skip the block unchanged and may be picked again in the next. Training gathers too, which equals
+the paper's masks.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class Idle(NamedTuple):
 class IdleViT(Method):
     """Token idling: a block updates the tokens of highest class attention; others skip it, none is dropped.
 
-    With a teacher, `losses` compares logits and features with the teacher's; this is added to the recipe's own
-    `objective.distillation`, which the released training leaves off.
+    With a teacher, `losses` compares logits and features with the teacher's; this is added to the recipe's
+    own `objective.distillation`, which the released training leaves off.
     """
 
     keeps_grid = True

@@ -52,7 +52,7 @@ def patch_score(
         qkv: what a block's attention saw of the tokens.
         tokens: as the block found them.
         probe: of the block.
-        count: N, the patch tokens asked for, from the first on; None: all.
+        count: N, the number of leading patch tokens to score; None: all.
     """
     if selection == "probe" and probe is not None:
         return probe_attention(probe(tokens), tokens.num_patches, count)
@@ -65,7 +65,7 @@ def shift_score(attended: Tokens, after: Tokens, count: int | None = None) -> Te
     Args:
         attended: after the block's attention.
         after: the same tokens after its FFN.
-        count: N, the patch tokens asked for, from the first on; None: all.
+        count: N, the number of leading patch tokens to score; None: all.
     """
     return representation_shift(attended.patches[:, :count], after.patches[:, :count])
 

@@ -25,10 +25,10 @@ def rows_by_place(index: Tensor, cells: int) -> Tensor:
 
 
 def fill(held: Tensor, patches: Tensor, rows: Tensor) -> Tensor:
-    """Return what each cell has, (B, cells, C): its token's value, or what it held before.
+    """Return what each cell has, (B, cells, C): its token's value, or its value before.
 
     Args:
-        held: (B, cells, C).
+        held: (B, cells, C), the values before.
         patches: (B, N, C).
         rows: (B, cells) int64, -1 for a cell without a token.
     """

@@ -35,7 +35,7 @@ def class_attention(qkv: QKV, num_prefix: int, count: int | None = None) -> Tens
     The softmax runs over all keys, prefix included.
 
     Args:
-        count: N, the patch tokens asked for, from the first on; None: all.
+        count: N, the number of leading patch tokens to score; None: all.
 
     Returns:
         (B, N) float32, each in [0, 1].
@@ -66,7 +66,7 @@ def attention_column_mean(
     time: (B, T, T) float32 is the peak.
 
     Args:
-        count: N, the patch tokens asked for, from the first on; None: all.
+        count: N, the number of leading patch tokens to score; None: all.
         asking: (B, P + N) 1 for queries that count; None: all do but padding.
 
     Returns:
@@ -89,11 +89,11 @@ def key_norm(qkv: QKV, num_prefix: int, count: int | None = None) -> Tensor:
 
     For hosts without a class token; no query is read, so it costs next to nothing. A longer key moves every
     query's attention more, so the longest stay: a choice of ours, as papers on decoders keep the shortest
-    (Devoto et al., EMNLP 2024). Where the host normalises its keys, little is left to tell them apart. As a
+    (Devoto et al., EMNLP 2024). Where the host normalises its keys, they hardly differ. As a
     share it weighs tokens as attention does.
 
     Args:
-        count: N, the patch tokens asked for, from the first on; None: all.
+        count: N, the number of leading patch tokens to score; None: all.
 
     Returns:
         (B, N) float32, each in [0, 1], with the sum 1.
@@ -112,7 +112,7 @@ def probe_attention(qkv: QKV, num_patches: int, count: int | None = None) -> Ten
 
     Args:
         qkv: of the head, with one query, (B, H, 1, D); the last `num_patches` keys are the patch tokens'.
-        count: N, the patch tokens asked for, from the first on; None: all.
+        count: N, the number of leading patch tokens to score; None: all.
 
     Returns:
         (B, N) float32, each in [0, 1].

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from evovit.tokens import QKV, Tokens
 
-COUNTED = 1024  # up to so many tokens a GPU counts who is ahead: N^2 comparisons; not timed yet
+COUNTED = 1024  # up to so many tokens a GPU counts those ahead: N^2 comparisons; not timed yet
 
 
 class Split(NamedTuple):
@@ -43,7 +43,7 @@ def best_by_threshold(score: Tensor, keep: int) -> Tensor:
 
 
 def best_by_count(score: Tensor, keep: int) -> Tensor:
-    """Return the same by counting who is ahead of whom, N^2 comparisons: on GPUs one small kernel."""
+    """Return the same by counting the tokens ahead of each, N^2 comparisons: on GPUs one small kernel."""
     return count_ahead(score) < keep
 
 

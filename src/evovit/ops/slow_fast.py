@@ -18,7 +18,7 @@ class Waiting(NamedTuple):
     """Evo-ViT's state beside the tokens; all but `score` while placeholders wait."""
 
     score: Tensor | None = None  # (B, N) float32, score of every patch token present
-    split: Split | None = None  # who is awake
+    split: Split | None = None  # which are awake
     rows: Tensor | None = None  # (B, P + K) int64, where prefix and awake stand among all
     awake: Tensor | None = None  # (B, K) float32, score of the awake
     before: Tokens | None = None  # all tokens as the stage found them
@@ -48,7 +48,7 @@ def set_aside(tokens: Tokens, score: Tensor, keep: int, summarise: bool) -> Toke
 
 
 def score_awake(tokens: Tokens, new: Tensor, trade_off: float | Tensor) -> Tokens:
-    """Evolve the score of those who took part (eq. 4); the first score is taken as it is.
+    """Update the score of the tokens that took part (eq. 4); the first score is taken as it is.
 
     Args:
         new: (B, K) float32, score of the awake; (B, N) while all are.
@@ -61,7 +61,7 @@ def score_awake(tokens: Tokens, new: Tensor, trade_off: float | Tensor) -> Token
 
 
 def bring_back(tokens: Tokens) -> Tokens:
-    """Put everyone back in raster order; placeholders take the representative token's change (eq. 7)."""
+    """Put all tokens back in raster order; placeholders take the representative token's change (eq. 7)."""
     state, num_prefix = tokens.carry, tokens.num_prefix
     if state.split is None:
         return tokens

@@ -39,7 +39,7 @@ def squeeze_rows(tokens: Tokens, split: Split, temperature: float) -> Tokens:
     """Return the prefix and the kept patch tokens, each with those that go and are most similar to it.
 
     Args:
-        split: at least one token goes, at least one stays.
+        split: at least one token is dropped, at least one kept.
     """
     count = split.rows.shape[1]
     gone = rows_where(~split.kept, tokens.num_patches - count)  # (B, R)
@@ -52,7 +52,7 @@ def squeeze_rows(tokens: Tokens, split: Split, temperature: float) -> Tokens:
 
 
 def squeeze(kept: Tensor, gone: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Join each token that goes with the kept one of largest cosine; equal cosines: the lower row.
+    """Merge each dropped token into the kept one of largest cosine; equal cosines: the lower row.
 
     A kept token counts e, one that joins it exp(cosine / temperature); the gradient flows through both.
 
@@ -74,8 +74,8 @@ def squeeze_masked(patches: Tensor, keep: Tensor, before: Tensor, temperature: f
 
     Args:
         patches: (B, N, C).
-        keep: (B, N) 1 for who stays, with gradient.
-        before: (B, N) 1 for who was there.
+        keep: (B, N) 1 for tokens that stay, with gradient.
+        before: (B, N) 1 for tokens that were there.
     """
     gone = (1 - keep) * before
     itself = torch.eye(patches.shape[1], dtype=torch.bool, device=patches.device)

@@ -189,9 +189,7 @@ def findings(found: Analysis) -> list[str]:
     if len(where) > 1:
         said.append(agreement_sentence(found, matrix, where))
     else:
-        said.append(
-            "The selections cannot be compared: fewer than two blocks select tokens with places."
-        )
+        said.append("The selections cannot be compared: fewer than two blocks select tokens with places.")
     if len(found.moments) > 1:
         first = found.moments[0]
         said.append(

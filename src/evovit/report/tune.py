@@ -118,9 +118,7 @@ def parts_of(found: Tuned, top1: Sequence[str] = ()) -> list[Part]:
     for name, sensitivity in found.sensitivity.items():
         parts += [
             Heading(f"Sensitivity of {name}"),
-            Paragraph(
-                "Damage if this block (row), and all after it, keep this many patch tokens (column)."
-            ),
+            Paragraph("Damage if this block (row), and all after it, keep this many patch tokens (column)."),
             table(
                 ("block", *map(str, sensitivity.counts)),
                 [
