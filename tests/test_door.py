@@ -99,9 +99,9 @@ def test_interrupted_says_how_to_go_on(
         (MemoryError(), "evovit: Not enough memory"),
         (
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
-            "evovit: Memory",
+            "evovit: Not enough memory",
         ),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "evovit: Memory does not"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "evovit: Not enough"),
     ],
 )
 def test_what_the_machine_refuses_is_one_sentence(
@@ -122,7 +122,7 @@ def test_what_the_machine_refuses_is_one_sentence(
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("bench test_vit --rounds x", "Error parsing --rounds: .*; --rounds INT times each is measured"),
+        ("bench test_vit --rounds x", "Error parsing --rounds: .*; --rounds INT how often"),
         ("bench test_vit --ruonds 3", "Unrecognized options: --ruonds, 3; Perhaps you meant: --rounds INT"),
         ("bench test_vit --nope", "Unrecognized options: --nope; evovit bench --help"),
         ("bench test_vit --batch --", "No batch is given"),

@@ -392,8 +392,8 @@ def test_a_host_that_cannot_be_pruned_says_so() -> None:
         ("keep", KEEP, {"indices": [0, 4]}, "indices is 4; allowed is -4 to 3"),
         ("keep", KEEP, {"indices": []}, "indices is empty"),
         ("keep", KEEP, {"indices": "all"}, "indices is 'all'"),
-        ("keep", KEEP, {"attn_mask": torch.ones(17, 17)}, "attn_mask is given, and a reduced block"),
-        ("keep", KEEP, {"is_causal": True}, "is_causal is True, and a reduced block"),
+        ("keep", KEEP, {"attn_mask": torch.ones(17, 17)}, "attn_mask is given, but the tokens"),
+        ("keep", KEEP, {"is_causal": True}, "is_causal is True, but the tokens"),
         ("sit", {"blocks": (1,)}, {}, "leaves tokens that have no place on the grid; set restore=None"),
     ],
 )

@@ -189,7 +189,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(EvoViTError, match="leaves 6 of 24 merge blocks"):
         evovit.reduce_tokens(tower, "subsample", block=1)(patches(SIZES), grid_thw=SIZES)
     reduced = evovit.reduce_tokens(tower, "evo_vit", **REDUCES)
-    with pytest.raises(EvoViTError, match="cu_seqlens: a reduced Qwen3VLVisionModel cannot honour"):
+    with pytest.raises(EvoViTError, match="cu_seqlens: a reduced Qwen3VLVisionModel cannot take"):
         reduced(patches(SIZES), grid_thw=SIZES, cu_seqlens=torch.tensor([0, 96, 120]))
     with pytest.raises(EvoViTError, match="gives only its taps and its last output"):
         reduced(patches(SIZES), grid_thw=SIZES, output_hidden_states=True)

@@ -99,7 +99,7 @@ def test_a_host_of_timm_takes_images_alone() -> None:
 
     reduced = evovit.reduce_tokens(make_host("vit"), "dense")
     assert torch.equal(reduced(pixel_values=pictures()), reduced(pictures()))
-    with pytest.raises(EvoViTError, match="labels: TimmViT hosts take images alone"):
+    with pytest.raises(EvoViTError, match="labels: TimmViT hosts take only images"):
         reduced(pictures(), labels=torch.tensor([1, 2]))
 
 

@@ -84,7 +84,7 @@ def test_a_folder_imports_classes_of_transformers_alone(tmp_path: Path) -> None:
     content = json.loads(manifest.read_text())
     content["build"] = {"transformers": "subprocess.Popen", "config_class": "os.system", "config": {}}
     manifest.write_text(json.dumps(content))
-    with pytest.raises(EvoViTError, match="'subprocess.Popen' is no class of transformers"):
+    with pytest.raises(EvoViTError, match="'subprocess.Popen' is not a class of transformers"):
         evovit.load_reduced(tmp_path)
 
 
@@ -218,7 +218,7 @@ def test_a_folder_builds_model_classes_alone(key: str, value: str, tmp_path: Pat
     content = json.loads(manifest.read_text())
     content["build"][key] = value
     manifest.write_text(json.dumps(content))
-    with pytest.raises(EvoViTError, match=r"is no (PreTrained\w+|class) of transformers"):
+    with pytest.raises(EvoViTError, match=r"is not a (PreTrained\w+|class) of transformers"):
         evovit.load_reduced(tmp_path / "saved")
 
 

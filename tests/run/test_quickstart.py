@@ -64,7 +64,7 @@ def test_the_page_shows_a_few_different_digits_and_only_blocks_that_select(folde
     shown = re.findall(r"<figcaption>(blocks \d to \d)<span>(\d+) of 64 patches", html)
     assert {name for name, _ in shown} <= {"blocks 2 to 4", "blocks 5 to 7", "blocks 2 to 7"}
     assert {kept for _, kept in shown} == {"32"} and len(shown) >= 6  # of four scenes and two photographs
-    assert html.count("<span>the score it selects by") == html.count("<span>what the model sees") == 6
+    assert html.count("<span>the score it ranks by") == html.count("<span>what the model sees") == 6
     assert html.count("<figcaption>") == len(shown) + 12
 
 

@@ -48,7 +48,7 @@ def test_a_page_is_one_file_that_fetches_nothing(shown: Path) -> None:
 
 def test_a_page_says_what_each_method_does_and_what_to_doubt(shown: Path) -> None:
     html = (shown / "show.html").read_text()
-    assert RANDOM in html and "sit blocks=(1,) has parameters of its own, which are not trained" in html
+    assert RANDOM in html and "sit blocks=(1,) has parameters of its own, which are untrained" in html
     assert "Token merging: the most similar patch tokens of each block become one." in html
     cells = timm.create_model("test_vit").patch_embed.num_patches
     kept = -(-cells // 2)
@@ -72,7 +72,7 @@ def test_a_saved_model_is_shown_as_it_is_with_its_own_classes(
     save_reduced(evovit.reduce_tokens(host, "evo_vit", start_block=1), tmp_path / "saved")
     tell("samples", "--model", tmp_path / "saved", "--out", tmp_path / "out")
     said, html = capsys.readouterr().out, (tmp_path / "out" / "show.html").read_text()
-    assert "Dense is here the reduced model&#39;s weights with nothing reduced." in html
+    assert "Here, dense means the reduced model&#39;s weights with nothing reduced." in html
     assert re.search(r"china: evo_vit start_block=1: .*class \d", said) and "flower: " in said
     assert RANDOM not in html
 

@@ -277,7 +277,7 @@ def test_hosts_without_class_token_get_methods_that_need_none() -> None:
         ({"speedup": float("nan")}, "above 1"),
         ({"latency_ms": -1}, "above 0"),
         ({"speedup": 1.5, "methods": ("dynamic_vit",)}, "train it first"),
-        ({"speedup": 1.5, "methods": ("dense",)}, "takes no schedule"),
+        ({"speedup": 1.5, "methods": ("dense",)}, "cannot take one count per block"),
         ({"speedup": 1.5, "methods": ("evo_vitt",)}, "Did you mean"),
         ({"speedup": 1.5, "engine": "warp"}, "engine"),
         ({"speedup": 1.5, "batch": 0}, "batch"),

@@ -114,7 +114,7 @@ def _class(path: Any, kind: str) -> Any:
         ) from error
     if not isinstance(found, type) or not issubclass(found, base) or found.__module__ != module:
         raise EvoViTError(
-            f"{shown(path)} is no {kind} of transformers; give the host: load_reduced(folder, model)."
+            f"{shown(path)} is not a {kind} of transformers; give the host: load_reduced(folder, model)."
         )
     return found
 

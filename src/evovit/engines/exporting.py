@@ -128,7 +128,7 @@ def _expect_prepared(name: str, images: Any, shape: Sequence[int]) -> None:
     if not images.is_floating_point() or len(images) == 0:
         raise EvoViTError(f"{name} has {len(images)} images of {images.dtype}; give floating-point images.")
     if images.is_meta or not images.isfinite().all():
-        raise EvoViTError(f"{name} is empty, or has values that are not finite; give prepared images.")
+        raise EvoViTError(f"{name} has no values, or some that are not finite; give prepared images.")
 
 
 def _expect_same(folder: Path, prepared: Mapping[str, Any]) -> None:
