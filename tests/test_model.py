@@ -196,7 +196,7 @@ def test_any_depth_and_any_resolution() -> None:
 def test_a_config_is_taken_as_it_is() -> None:
     config = EvoViT.Config(keep_ratio=0.25, **SMALL)
     assert evovit.reduce_tokens(make_host("vit"), config).method.config is config
-    with pytest.raises(evovit.EvoViTError, match="Options keep_ratio given beside a Config"):
+    with pytest.raises(evovit.EvoViTError, match="Options keep_ratio are given beside a Config"):
         evovit.reduce_tokens(make_host("vit"), config, keep_ratio=0.5)
 
 

@@ -92,7 +92,7 @@ def test_methods_on_offer_run_on_the_model(bench: Workbench) -> None:
     seen = bench.look(Wish(model="small_vit", methods=("ats",)), CHINA)
     assert any("ats has no keep ratio" in hint for hint in seen.hints)
     given = bench.look(Wish(model="small_vit", methods=("evit:keep_ratio=0.9,blocks=[3]",)), CHINA)
-    assert given.looks[0].method == "evit keep_ratio=0.9 blocks=(3,)" and "options say" in given.hints[0]
+    assert given.looks[0].method == "evit keep_ratio=0.9 blocks=(3,)" and "options set" in given.hints[0]
 
 
 def test_a_saved_model_has_a_method_of_its_own(tmp_path: Path) -> None:
