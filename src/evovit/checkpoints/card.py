@@ -84,7 +84,7 @@ def snippet(reduced: ReducedViT, name: str, prepared: Record) -> str:
         ]
     else:
         shape = ", ".join(map(str, backbone_of(reduced).image_shape))
-        lines += [f"images = torch.randn(1, {shape})  # how photographs are prepared is not told"]
+        lines += [f"images = torch.randn(1, {shape})  # the preprocessing is not known"]
     if not reduced.num_classes:
         return "\n".join(
             [*lines, "with torch.inference_mode():", "    print(model.forward_features(images).shape)"]
@@ -125,8 +125,8 @@ def _about(reduced: ReducedViT, manifest: Record) -> str:
     method = (type(reduced.method).__doc__ or "").strip().splitlines()[0]
     return (
         f"The vision transformer {_host(manifest)} with token reduction: `{name_of(reduced.method)}`. "
-        f"{_text(method)}\nSaved by evovit {_text(manifest['evovit'])}; `method.json` holds the checksum of "
-        "every file beside it."
+        f"{_text(method)}\nSaved by evovit {_text(manifest['evovit'])}; `method.json` has the checksums of "
+        "the other files."
     )
 
 
@@ -147,7 +147,7 @@ def _facts(reduced: ReducedViT, manifest: Record) -> dict[str, str]:
         "host": _host(manifest) + _options(options.items()),
         "method": f"`{name_of(reduced.method)}`" + _options(manifest["options"].items()),
         "parameters": f"{weights / 1e6:.4g} million",
-        "work": f"{ours:.4g} GMACs an image, counted; dense {dense:.4g}, {dense / ours:.2f} times as many",
+        "work": f"{ours:.4g} GMACs per image, counted; dense {dense:.4g}, {dense / ours:.2f} times as many",
         "images": " x ".join(map(str, shape)),
     }
     if reduced.budgets:
