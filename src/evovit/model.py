@@ -420,7 +420,7 @@ def refuse_hooks(backbone: Backbone, model: nn.Module) -> None:
             name = next(name for name, other in model.named_modules() if other is module)
             raise EvoViTError(
                 f"{name or 'The host itself'} has a hook or a forward of its own, which would never run: "
-                "evovit calls the modules inside it. Put it on those, such as norm1, qkv or mlp, or read the "
+                "evovit calls the modules inside it; put it on those, such as norm1, qkv or mlp, or read the "
                 "tokens after each block from reduced.run(images, record=True).trace."
             )
 
