@@ -47,7 +47,7 @@ def draw(found: dict[str, dict[int, OnBox]], path: Path) -> None:
     """Draw recall and precision by block, each over chance."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
     recall, precision = figure.subplots(1, 2, sharex=True)
     for text, by_block in found.items():
         blocks = list(by_block)
@@ -60,7 +60,7 @@ def draw(found: dict[str, dict[int, OnBox]], path: Path) -> None:
     precision.axhline(sum(chance) / len(chance), color="grey", ls=":", lw=1)
     recall.set(xlabel="block", title="recall of the object's patches, times chance", ylim=(0, None))
     precision.set(xlabel="block", title="share of kept patches on the object", ylim=(0, 1))
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=1, frameon=False, fontsize="small")
     figure.savefig(path, dpi=110)
 
 
