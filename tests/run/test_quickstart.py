@@ -138,7 +138,7 @@ def test_wrong_arguments_are_refused_before_any_training(bad: dict[str, object],
 def test_a_file_as_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(EvoViTError, match="give a folder"):
+        with pytest.raises(EvoViTError, match="give another"):
             quickstart(out)
 
 
