@@ -55,11 +55,10 @@ def main() -> None:
                 work[text] = gmacs(model, backbone_of(model).image_shape)
                 right[text].append(evaluate(model, tested.images, tested.recipe, world).right)
     other = right.get(given.against)
-    print(
-        "| method | GMACs | top-1 % | against dense | "
-        + (f"against {given.against} |" if given.against else "")
-    )
-    print("| --- | --- | --- | --- |" + (" --- |" if given.against else ""))
+    heads = ["method", "GMACs", "top-1 %", "against dense"]
+    heads += [] if other is None else [f"against {given.against}"]
+    print(f"| {' | '.join(heads)} |")
+    print(f"|{' --- |' * len(heads)}")
     for text, found in right.items():
         cells = [text, f"{work[text]:.4f}", accuracy(found), difference(found, right["dense"])]
         if other is not None:
