@@ -213,7 +213,7 @@ def test_a_method_in_training_sees_all_rows_whatever_the_host_does() -> None:
     assert torch.equal(reduced(pictures()), whole(pictures()))
 
 
-@pytest.mark.parametrize(("method", "options"), traced(ON_VIT))
+@pytest.mark.parametrize(("method", "options"), traced(ON_VIT, ("evo_vit", "tome")))
 def test_it_compiles_in_one_graph_and_exports_with_a_dynamic_batch(
     method: str, options: dict[str, Any]
 ) -> None:

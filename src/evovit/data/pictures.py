@@ -144,19 +144,27 @@ class PictureImages(Images):
                 worker_init_fn=outlive_sigterm,
             )
             batches = begin(loader)
-        for items in batches:
-            for item in items:
-                if isinstance(item, EvoViTError):
-                    raise item
-                if isinstance(item, Unreadable):
-                    self._report(item)
-            whole = [item for item in items if not isinstance(item, Unreadable)]
-            if not whole:
-                raise EvoViTError(
-                    "No image of a batch can be read; repair the data, or make the batch larger."
+        try:
+            for items in batches:
+                images, labels = zip(*self._readable(items), strict=True)
+                yield (
+                    stacked(images, device),
+                    stacked(labels, device) if pictures.dense else torch.tensor(labels),
                 )
-            images, labels = zip(*whole, strict=True)
-            yield stacked(images, device), stacked(labels, device) if pictures.dense else torch.tensor(labels)
+        finally:
+            del batches  # an error holds this frame, and would hold the processes with it
+
+    def _readable(self, items: list[Any]) -> list[Any]:
+        """Return the items of a batch that could be read, and report the others."""
+        for item in items:
+            if isinstance(item, EvoViTError):
+                raise item
+            if isinstance(item, Unreadable):
+                self._report(item)
+        whole = [item for item in items if not isinstance(item, Unreadable)]
+        if not whole:
+            raise EvoViTError("No image of a batch can be read; repair the data, or make the batch larger.")
+        return whole
 
     def _report(self, item: Unreadable) -> None:
         self.unreadable.setdefault(item.path, item.why)
